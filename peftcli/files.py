@@ -1,0 +1,143 @@
+"""Writes files and folders so that a reader sees the whole of one or nothing of it.
+
+Everything a run leaves goes through here: written beside its target, flushed to the disk, then renamed. A crash leaves
+at most a `*.tmp` neighbour, which the next writer of the same target removes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peftcli.errors import HostError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TEMPORARY_SUFFIX = ".tmp"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes `text` as the whole of `path`, atomically."""
+    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    with explained(path), temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    with explained(path):
+        temporary.replace(path)
+        sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` as indented JSON, atomically. NaN is refused: it is not JSON."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes `tensors` to a new safetensors file, flushed, readable as the umask says.
+
+    The library itself renames a temporary file into place, but neither flushes it nor follows the umask.
+    """
+    from safetensors.torch import save_file
+
+    with explained(path):
+        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path, metadata)
+        mask = os.umask(0)
+        os.umask(mask)
+        path.chmod(0o666 & ~mask)
+        sync_file(path)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yields an empty folder beside `path` that becomes `path` when the block ends well, replacing what was there.
+
+    When the block raises, nothing changes at `path` and the temporary folder is removed.
+    """
+    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+    try:
+        yield temporary
+        with explained(path):
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    sync_file(file)
+            sync_folder(temporary)
+            _replace_folder(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _replace_folder(temporary: Path, path: Path) -> None:
+    """Renames `temporary` to `path`; an old `path` is moved away first, since it cannot be renamed over."""
+    old = path.with_name(path.name + ".old" + TEMPORARY_SUFFIX)
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    temporary.rename(path)
+    sync_folder(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sync_file(path: Path) -> None:
+    """Waits until the file's content is on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Waits until the folder's entries are on the disk, where the file system can do that."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """Returns the file's sha256 in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_writable(folder: Path) -> None:
+    """Makes `folder` if it is missing and proves that files can be written there, before anything long begins.
+
+    Raises:
+        HostError: They cannot.
+    """
+    probe = folder / (".write-test" + TEMPORARY_SUFFIX)
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+
+
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turns a failure to write at `path` into a HostError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        hint = "choose another folder with output_dir=DIR, or change its permissions"
+        if error.errno == 28:
+            hint = "free some space or lower training.save_total_limit; what was saved before is intact"
+        raise HostError(f"cannot write {path}: {error.strerror or error}", hint=hint) from error
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise HostError(
+            f"cannot write {path}: {error}", hint="free some space; what was saved before is intact"
+        ) from error
