@@ -7,11 +7,14 @@ at most a `*.tmp` neighbour, which the next writer of the same target removes.
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import socket
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TEMPORARY_SUFFIX = ".tmp"
+LOCK_FILE = ".lock"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -132,7 +136,7 @@ def explained(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         hint = "choose another folder with output_dir=DIR, or change its permissions"
-        if error.errno == 28:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             hint = "free some space or lower training.save_total_limit; what was saved before is intact"
         raise HostError(f"cannot write {path}: {error.strerror or error}", hint=hint) from error
     except Exception as error:
@@ -141,3 +145,36 @@ def explained(path: Path) -> Iterator[None]:
         raise HostError(
             f"cannot write {path}: {error}", hint="free some space; what was saved before is intact"
         ) from error
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds `folder` for this process while entered; the lock goes with the process, however that ends.
+
+    Raises:
+        HostError: Another process holds it.
+    """
+    path = folder / LOCK_FILE
+    with explained(path):
+        file = path.open("a+", encoding="utf-8")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            raise HostError(
+                f"{folder} is in use by another run ({file.read().strip() or 'of an unknown process'})",
+                hint="wait for it, or choose another folder with output_dir=DIR",
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def clear_run(folder: Path, owned: Iterable[str]) -> None:
+    """Removes what a run wrote before, by glob patterns; a file that no run writes stays."""
+    with explained(folder):
+        for pattern in owned:
+            for path in folder.glob(pattern):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,21 +25,30 @@ ADAPTER = "adapter"
 """The attribute, and so the state-dict prefix, under which a grafted module holds its adapter."""
 
 
-class Graft:
+class Graft(nn.Module):
     """What a grafted module's class has beside its own: the forward that goes through the adapter."""
 
     adapter: Method
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the adapter's output; the frozen forward is the one of the module's own class."""
-        y: Tensor = self.adapter(as_base(self, super().forward), x)  # type: ignore[misc]
+        y: Tensor = self.adapter(as_base(self, super().forward), x)
         return y
 
 
 @cache
-def grafted_class(original: Any) -> Any:
-    """Returns the class that a module of class `original` has while it is grafted."""
+def _grafted_class(original: Any) -> Any:
     return type(f"Grafted{original.__name__}", (Graft, original), {})
+
+
+def _swap_in(module: nn.Module) -> None:
+    """Gives `module`, which holds its adapter already, the class whose forward goes through it."""
+    module.__class__ = _grafted_class(type(module))  # type: ignore[arg-type]
+
+
+def _swap_out(module: nn.Module) -> None:
+    """Gives `module` its own class back; its adapter stays but is not called."""
+    module.__class__ = original_class(module)
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
@@ -213,7 +222,7 @@ def graft(model: nn.Module, method: type[Method], config: Targets, seed: int) ->
         adapter = method(config, site, seed)
         adapter.train(module.training)
         module.add_module(ADAPTER, adapter)
-        module.__class__ = grafted_class(type(module))
+        _swap_in(module)
     return sites
 
 
@@ -227,11 +236,11 @@ def check(method: type[Method], config: Targets, sites: list[Site]) -> None:
 def ungraft(model: nn.Module) -> None:
     """Takes every adapter out of `model`: classes, keys and outputs are again what they were before `graft`."""
     for _, module in list(grafted_modules(model)):
-        module.__class__ = original_class(module)
+        _swap_out(module)
         delattr(module, ADAPTER)
 
 
-def grafted_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def grafted_modules(model: nn.Module) -> Iterator[tuple[str, Graft]]:
     """Yields the path and module of each grafted module, in the model's order."""
     for name, module in model.named_modules():
         if isinstance(module, Graft):
@@ -240,7 +249,7 @@ def grafted_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def adapters(model: nn.Module) -> dict[str, Method]:
     """Returns the adapters by the path of the module that each adapts."""
-    return {name: cast(Graft, module).adapter for name, module in grafted_modules(model)}
+    return {name: module.adapter for name, module in grafted_modules(model)}
 
 
 class disabled:  # noqa: N801 - used as a context manager, like torch.no_grad
@@ -251,8 +260,8 @@ class disabled:  # noqa: N801 - used as a context manager, like torch.no_grad
 
     def __enter__(self) -> None:
         for module in self._modules:
-            module.__class__ = original_class(module)
+            _swap_out(module)
 
     def __exit__(self, *_: object) -> None:
         for module in self._modules:
-            module.__class__ = grafted_class(type(module))
+            _swap_in(module)

@@ -213,6 +213,40 @@ def _quiet_loading() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+@contextmanager
+def plain_folder(section: ModelSection, source: ModelSource) -> Iterator[Path]:
+    """Yields a folder that holds the base model as transformers saves it: config.json and safetensors.
+
+    A local folder or the hub's cache is used where it lies; a GGUF file is converted beside the system's temporary
+    files first.
+    """
+    if section.gguf_file is None:
+        yield Path(source.name) if source.is_local else _snapshot(section, source)
+        return
+    import tempfile
+
+    import torch
+
+    with tempfile.TemporaryDirectory(prefix="peftcli-") as folder:
+        config = load_config(section, source)
+        load_model(section, source, config, torch.device("cpu")).save_pretrained(folder)
+        yield Path(folder)
+
+
+def _snapshot(section: ModelSection, source: ModelSource) -> Path:
+    from huggingface_hub import snapshot_download
+
+    with _explained(section, source, "files"):
+        return Path(
+            snapshot_download(
+                section.name,
+                revision=section.revision,
+                allow_patterns=["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model"],
+                local_files_only=bool(source.options.get("local_files_only")),
+            )
+        )
+
+
 def vocabulary_size(config: PretrainedConfig) -> int:
     """Returns how many token ids the model's input embedding has."""
     return int(config.get_text_config().vocab_size)

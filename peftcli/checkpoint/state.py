@@ -1,0 +1,167 @@
+"""Checkpoints: all that an exact resume needs, and nothing of the frozen base.
+
+    checkpoint-500/
+      adapter_model.safetensors  adapter_config.json    # an adapter like any other: PEFT loads it
+      optimizer.safetensors                             # the optimizer's tensors, by parameter
+      state.json                                        # position, best evaluation, sha256 of every other file
+
+Data order, dropout and the learning rate are functions of the step, so none of them is stored. A folder becomes
+visible only when it is complete, and `state.json` makes every damaged byte visible.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from peftcli import files
+from peftcli.checkpoint import adapter as adapter_files
+from peftcli.errors import ModelError
+from peftcli.methods._protocol import Targets
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "state.json"
+FORMAT = 1
+
+
+@dataclass
+class Progress:
+    """Where a run is. The loop changes it; a checkpoint keeps it.
+
+    Attributes:
+        step: Optimizer steps done.
+        tokens: Supervised tokens learned from so far.
+        best_loss: The lowest evaluation loss so far; None before the first evaluation.
+        best_step: The step of that evaluation.
+        evaluations_since_best: Evaluations since then without a lower loss.
+        loss_scale: The gradient scaler's state, where fp16 has one.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    best_loss: float | None = None
+    best_step: int = 0
+    evaluations_since_best: int = 0
+    loss_scale: dict[str, Any] | None = None
+
+
+def folder_of(run: Path, step: int) -> Path:
+    """Returns where the checkpoint of `step` lies."""
+    return run / f"checkpoint-{step}"
+
+
+def save_checkpoint(
+    run: Path,
+    progress: Progress,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: Targets,
+    base_model: str,
+    revision: str | None,
+) -> Path:
+    """Writes the checkpoint of the present step and returns its folder."""
+    target = folder_of(run, progress.step)
+    with files.new_folder(target) as folder:
+        adapter_files.save_adapter(folder, model, config, base_model, revision)
+        files.write_safetensors(folder / OPTIMIZER_FILE, optimizer_tensors(model, optimizer))
+        digests = {file.name: files.sha256(file) for file in sorted(folder.iterdir())}
+        files.write_json(folder / STATE_FILE, {"format": FORMAT, "progress": asdict(progress), "sha256": digests})
+    return target
+
+
+def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+    """Puts the checkpoint in `folder`, which `newest_checkpoint` found whole, into `model` and `optimizer`."""
+    weights = folder / adapter_files.WEIGHTS_FILE
+    adapter_files.load_tensors(model, load_file(weights), str(weights))
+    load_optimizer_tensors(model, optimizer, load_file(folder / OPTIMIZER_FILE), str(folder / OPTIMIZER_FILE))
+    return Progress(**_read_state(folder)["progress"])
+
+
+def checkpoints(run: Path) -> dict[int, Path]:
+    """Returns the run's checkpoint folders by step, oldest first."""
+    matches = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in run.glob("checkpoint-*"))
+    return dict(sorted((int(match[1]), path) for match, path in matches if match))
+
+
+def newest_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
+    """Returns the newest checkpoint that is whole, or None, and a sentence on each newer one that is not.
+
+    A damaged checkpoint is renamed to `*.damaged` and kept: it is evidence, and it must not be chosen again.
+    """
+    remarks: list[str] = []
+    for path in reversed(checkpoints(run).values()):
+        damage = _damage(path)
+        if damage is None:
+            return path, remarks
+        aside = path.with_name(path.name + ".damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+        remarks.append(f"{path.name} is damaged ({damage}) and was set aside as {aside.name}")
+    return None, remarks
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    assert isinstance(state, dict)
+    return state
+
+
+def _damage(folder: Path) -> str | None:
+    """Returns what is wrong with a checkpoint's files, or None where all are what was written."""
+    try:
+        state = _read_state(folder)
+        if state["format"] != FORMAT:
+            return f"its format is {state['format']}, this version reads {FORMAT}"
+        Progress(**state["progress"])
+        for name, digest in state["sha256"].items():
+            if files.sha256(folder / name) != digest:
+                return f"{name} has changed since it was written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AssertionError):
+        return f"{STATE_FILE} cannot be read"
+    return None
+
+
+def rotate(run: Path, limit: int | None, keep: set[int]) -> None:
+    """Removes the oldest checkpoints beyond `limit`, but never the newest and never those of the steps in `keep`."""
+    found = checkpoints(run)
+    removable = [step for step in found if step not in keep]
+    for step in removable[: max(0, len(removable) - limit)] if limit else ():
+        shutil.rmtree(found[step])
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Returns the optimizer's state as `<parameter>|<entry>` → tensor."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"{names[parameter]}|{entry}": torch.as_tensor(value)
+        for parameter, state in optimizer.state.items()
+        for entry, value in state.items()
+        if value is not None
+    }
+
+
+def load_optimizer_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], where: str
+) -> None:
+    """Puts back what `optimizer_tensors` returned.
+
+    Raises:
+        ModelError: A tensor belongs to no parameter that trains.
+    """
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for key, tensor in tensors.items():
+        name, _, entry = key.partition("|")
+        if name not in parameters:
+            raise ModelError(f"{where}: {name} is not a parameter that trains", hint="resume with the run's own recipe")
+        # AdamW keeps its step counter on the CPU or beside the parameter, as its fused kernel wants it.
+        optimizer.state[parameters[name]][entry] = tensor.to(parameters[name].device)

@@ -1,0 +1,130 @@
+"""Commands on a run's folder or an adapter's: eval, merge, generate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from peftcli.cli import console
+from peftcli.cli.progress import make_reporter
+from peftcli.cli.training import AsJson, Device
+from peftcli.errors import DataError, RecipeError
+
+Run = Annotated[Path | None, typer.Argument(help="A run's folder: the output_dir of train.", show_default=False)]
+Adapter = Annotated[
+    Path | None,
+    typer.Option(help="An adapter's folder, peftcli's or PEFT's, in place of the run's.", show_default=False),
+]
+Model = Annotated[str | None, typer.Option(help="The base model, where it is not where the adapter says.")]
+
+
+def evaluate(
+    run: Run = None,
+    adapter: Adapter = None,
+    model: Model = None,
+    data: Annotated[Path | None, typer.Option(help="A file to evaluate on, in place of the recipe's.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Samples a pass. Left out: the recipe's.")] = None,
+    device: Device = None,
+    json: AsJson = False,
+) -> None:
+    """Measure loss, perplexity and token accuracy of base, adapter and merged model side by side."""
+    from peftcli.run.applying import evaluate as run_evaluate
+    from peftcli.run.applying import open_subject
+
+    subject = open_subject(run, adapter, model)
+    results = run_evaluate(subject, data, batch_size, device, make_reporter())
+    if json:
+        console.print_json(results)
+    else:
+        tokens = next(iter(results.values()))["eval_tokens"]
+        console.print_table(*console.metrics_table(results), title=f"{tokens:,} supervised tokens")
+
+
+def merge(
+    run: Run = None,
+    adapter: Adapter = None,
+    model: Model = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Where to. Left out: `merged` in the run's folder.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16. Left out: as the base is stored.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")] = False,
+    json: AsJson = False,
+) -> None:
+    """Merge the adapter into the base model's weights, and prove that the result is the same model."""
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise RecipeError(f'--dtype: "{dtype}" is none of float32, bfloat16, float16')
+    from peftcli.run import MERGED_FOLDER
+    from peftcli.run.applying import merge as run_merge
+    from peftcli.run.applying import open_subject
+
+    subject = open_subject(run, adapter, model)
+    target = output or (run or subject.adapter.folder) / MERGED_FOLDER
+    agreement, count = run_merge(subject, target, dtype, make_reporter(), overwrite=overwrite)
+    if json:
+        report = {"folder": str(target), "merged_weights": count, **vars(agreement)}
+        console.print_json(report)
+        return
+    console.stdout.print(f"merged {count} weights into {target}")
+    console.stdout.print(
+        f"verified on {agreement.positions} positions: largest difference {agreement.max_difference:.1e} of the "
+        f"largest logit, same token chosen at {100 * agreement.same_choice:.1f} %, "
+        f"mean divergence {agreement.mean_divergence:.1e} nats"
+    )
+
+
+def generate(
+    run: Run = None,
+    prompts: Annotated[list[str] | None, typer.Argument(help="What to answer.", show_default=False)] = None,
+    adapter: Adapter = None,
+    model: Model = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="A text file with a prompt on each line.")] = None,
+    base: Annotated[bool, typer.Option("--base", help="Show the base model's answer beside the adapter's.")] = False,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")] = None,
+    device: Device = None,
+    json: AsJson = False,
+) -> None:
+    """Answer prompts, put to the model as in training."""
+    wanted = list(prompts or [])
+    if run is not None and adapter is not None and not run.is_dir():
+        wanted.insert(0, str(run))  # with --adapter the first word may be a prompt
+        run = None
+    wanted = [text.replace("\\n", "\n") for text in wanted] + _lines(prompt_file)
+    if not wanted:
+        raise RecipeError("there is no prompt", hint="write one after the run's folder, or name a --prompt-file")
+    from peftcli.run.applying import generate as run_generate
+    from peftcli.run.applying import open_subject
+
+    changes: dict[str, Any] = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+    subject = open_subject(run, adapter, model)
+    answers = []
+    for answer in run_generate(subject, wanted, changes, device, make_reporter(), with_base=base):
+        answers.append(answer)
+        if not json:
+            _print_answer(answer)
+    if json:
+        console.print_json(answers)
+
+
+def _print_answer(answer: dict[str, str]) -> None:
+    width = max(len(name) for name in answer)
+    for name, text in answer.items():
+        lines = text.strip().splitlines() or ["(nothing)"]
+        console.stdout.print(f"[bold]{name.ljust(width)}[/]  ", end="")
+        console.stdout.print(("\n" + " " * (width + 2)).join(lines), markup=False)
+    console.stdout.print()
+
+
+def _lines(path: Path | None) -> list[str]:
+    """Returns the prompts in a file, one a line; blank lines are skipped."""
+    if path is None:
+        return []
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--prompt-file: {path} cannot be read: {error}") from error
+    return [line.replace("\\n", "\n") for line in text.splitlines() if line.strip()]

@@ -1,0 +1,85 @@
+"""What the terminal shows: stdout carries data, stderr everything else, and no meaning hangs on a colour."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from peftcli.data.preview import Segment
+    from peftcli.errors import PeftcliError
+
+stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+stdout = Console(highlight=False, soft_wrap=True)
+
+
+def print_error(error: PeftcliError) -> None:
+    """Prints every problem of an error: `error: where: what`, and its `hint:` below."""
+    for problem in error.problems:
+        place = f"{problem.where}: " if problem.where else ""
+        stderr.print(f"[bold red]error:[/] {escape(place + problem.message)}")
+        if problem.hint:
+            stderr.print(f"\n[bold cyan]hint:[/] {escape(problem.hint)}")
+        if len(error.problems) > 1:
+            stderr.print()
+    if len(error.problems) > 1:
+        stderr.print(f"{len(error.problems)} problems")
+
+
+def print_json(value: Any) -> None:
+    """Prints a value as JSON on stdout, for programs."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
+    """Prints a table on stdout: the first column to the left, numbers to the right."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for index, column in enumerate(columns):
+        numeric = index > 0 and all(_is_number(row[index]) for row in rows)
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    stdout.print(table)
+
+
+def _is_number(text: str) -> bool:
+    return text.strip("+-% ").replace(",", "").replace(".", "", 1).isdigit()
+
+
+def print_sample(segments: Sequence[Segment], title: str, *, to: Console = stderr) -> None:
+    """Prints a decoded sample with what will be learned in ⟦double brackets⟧, bold where there are colours."""
+    text = Text()
+    for segment in segments:
+        if segment.supervised:
+            text.append(f"⟦{segment.text}⟧", style="bold green")
+        else:
+            text.append(segment.text, style="dim")
+    to.print(f"[bold]{escape(title)}[/] (trained on: ⟦…⟧)")
+    to.print(text)
+    to.print()
+
+
+def metrics_table(results: Mapping[str, Mapping[str, float]]) -> tuple[list[str], list[list[str]]]:
+    """Returns the columns and rows that set models side by side, with the change in loss from the first."""
+    columns = ["model", "loss", "perplexity", "token accuracy", "change in loss"]
+    first = next(iter(results.values()))["eval_loss"]
+    rows = []
+    for name, metrics in results.items():
+        change = 100 * (metrics["eval_loss"] - first) / first if first else 0.0
+        rows.append(
+            [
+                name,
+                f"{metrics['eval_loss']:.4f}",
+                f"{metrics['eval_perplexity']:,.2f}",
+                f"{100 * metrics['eval_token_accuracy']:.1f} %",
+                "" if metrics is next(iter(results.values())) else f"{change:+.1f} %",
+            ]
+        )
+    return columns, rows

@@ -1,0 +1,69 @@
+"""The `peftcli` program: its commands, and how every error becomes a message and an exit code."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import traceback
+from typing import Annotated, NoReturn
+
+import typer
+
+from peftcli import __version__
+from peftcli.cli import applying, console, reference, training
+from peftcli.errors import EXIT_BUG, EXIT_INTERRUPTED_TWICE, PeftcliError
+
+app = typer.Typer(
+    name="peftcli",
+    help="Parameter-efficient fine-tuning from a YAML recipe.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (training.train, applying.evaluate, applying.merge, applying.generate, training.validate):
+    app.command(name="eval" if command is applying.evaluate else None)(command)
+for command in (training.preview, reference.methods, reference.recipes, reference.schema, reference.env):
+    app.command()(command)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        console.stdout.print(f"peftcli {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")] = False,
+) -> None:
+    """Parameter-efficient fine-tuning from a YAML recipe."""
+
+
+def main() -> NoReturn:
+    """Runs the command line and exits with the code that says how it went."""
+    try:
+        app(standalone_mode=True)
+    except PeftcliError as error:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        console.print_error(error)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        console.stderr.print("interrupted")
+        sys.exit(EXIT_INTERRUPTED_TWICE)
+    except Exception:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        console.stderr.print(f"[bold red]error:[/] this is a bug in peftcli: {_save_traceback()}")
+        console.stderr.print("\n[bold cyan]hint:[/] report it with that file, which holds the traceback")
+        sys.exit(EXIT_BUG)
+    sys.exit(0)
+
+
+def _save_traceback() -> str:
+    with tempfile.NamedTemporaryFile("w", prefix="peftcli-bug-", suffix=".txt", delete=False, encoding="utf-8") as file:
+        traceback.print_exc(file=file)
+    return f"{sys.exc_info()[1]!r}; the traceback is in {file.name}"

@@ -1,0 +1,91 @@
+"""Commands on a recipe: train, validate, preview."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from peftcli.cli import console
+from peftcli.cli.progress import make_reporter
+from peftcli.recipe import load
+
+RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Fields to override, such as method.r=8.", show_default=False),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps … Left out: the best there is.")]
+
+
+def train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that output_dir holds.")] = False,
+    device: Device = None,
+    json: AsJson = False,
+) -> None:
+    """Train an adapter as a recipe says."""
+    loaded = load(recipe, overrides or [])
+    from peftcli.run.training import TrainOptions
+    from peftcli.run.training import train as run_train
+
+    facts = run_train(
+        loaded,
+        TrainOptions(device, resume, overwrite),
+        make_reporter(),
+        lambda segments: console.print_sample(segments, "the first training sample"),
+    )
+    if json:
+        console.print_json(facts)
+        return
+    folder, result = loaded.recipe.output_dir, facts["result"]
+    evaluated = f", evaluation loss {result['eval']['eval_loss']:.4f}" if result["eval"] else ""
+    console.stderr.print(f"done: {result['steps']} steps in {result['seconds']:.0f} s{evaluated}; adapter in {folder}")
+    console.stderr.print(f"next: peftcli eval {folder} · peftcli merge {folder} · peftcli generate {folder} PROMPT")
+
+
+def validate(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    form_only: Annotated[
+        bool, typer.Option("--form-only", help="Check the recipe alone: no model, no data, in under a second.")
+    ] = False,
+    json: AsJson = False,
+) -> None:
+    """Check a recipe, its data and its modules without loading weights."""
+    loaded = load(recipe, overrides or [])
+    found: dict[str, object] = {"recipe": str(recipe), "method": loaded.recipe.method["type"]}
+    if not form_only:
+        from peftcli.run.inspecting import validate as run_validate
+
+        found = run_validate(loaded, make_reporter())
+    if json:
+        console.print_json(found)
+    else:
+        facts = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in found.items() if name != "recipe")
+        console.stdout.print(f"{recipe} is valid: {facts}")
+
+
+def preview(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    count: Annotated[int, typer.Option("-n", "--count", min=1, help="How many samples to show.")] = 3,
+    json: AsJson = False,
+) -> None:
+    """Show samples as training will see them, with what is learned marked."""
+    loaded = load(recipe, overrides or [])
+    from peftcli.run.inspecting import preview as run_preview
+
+    samples, lines = run_preview(loaded, make_reporter(), count)
+    if json:
+        shown = [[{"text": part.text, "supervised": part.supervised} for part in sample] for sample in samples]
+        console.print_json({"samples": shown, "report": lines})
+        return
+    for line in lines:
+        console.stdout.print(line)
+    for number, sample in enumerate(samples, start=1):
+        console.print_sample(sample, f"sample {number}", to=console.stdout)

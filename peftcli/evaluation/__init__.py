@@ -1,0 +1,1 @@
+"""What a model can do: its loss on held-out data, and the text it writes."""

@@ -1,0 +1,54 @@
+"""Loss, perplexity and token accuracy of a causal language model, without ever holding more than one batch's logits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from peftcli.data.batching import Batcher
+from peftcli.training import loss
+
+LARGEST_EXPONENT = 700.0
+"""Beyond this, exp overflows a float: a perplexity that large says only that the model is broken."""
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batcher: Batcher,
+    batch_size: int,
+    device: torch.device,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, float]:
+    """Returns `eval_loss` (nats a token), `eval_perplexity`, `eval_token_accuracy` (0 … 1) and `eval_tokens`.
+
+    All are over the supervised tokens of the whole dataset, whatever the batches; the model is left in eval mode.
+
+    Args:
+        model: The model, prepared or not.
+        batcher: Makes the dataset's batches.
+        batch_size: Samples a batch.
+        device: Where the model is.
+        advance: Called with the samples done and in all.
+    """
+    model.eval()
+    summed, correct, tokens, done = torch.zeros((), device=device), torch.zeros((), device=device), 0, 0
+    for batch in batcher.in_order_of_length(batch_size):
+        scores = loss.score(model, batch.to(device), count_correct=True)
+        hits: Tensor | None = scores.correct
+        assert hits is not None
+        summed += scores.loss
+        correct += hits
+        tokens += batch.num_supervised
+        done = min(done + batch_size, len(batcher.dataset))
+        advance(done, len(batcher.dataset))
+    mean = float(summed) / tokens
+    return {
+        "eval_loss": mean,
+        "eval_perplexity": math.exp(min(mean, LARGEST_EXPONENT)),
+        "eval_token_accuracy": float(correct) / tokens,
+        "eval_tokens": tokens,
+    }

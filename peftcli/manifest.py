@@ -1,0 +1,180 @@
+"""What a run says about itself when it is done: `manifest.json` for programs, a model card for people."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import peftcli
+from peftcli import files, inject
+from peftcli.checkpoint import adapter as adapter_files
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from peftcli.data import EncodedDataset, PreparedData
+    from peftcli.recipe import Recipe
+    from peftcli.training.loop import Result
+
+MANIFEST_FILE = "manifest.json"
+PACKAGES = ("torch", "transformers", "datasets", "accelerate", "tokenizers", "safetensors", "bitsandbytes")
+RUN_FILES = (
+    "adapter_*",
+    "recipe.yaml",
+    MANIFEST_FILE,
+    "metrics.jsonl",
+    "README.md",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "checkpoint-*",
+    "merged",
+    "tensorboard",
+)
+"""Globs of what a run writes into its folder, and so of what replacing a run removes."""
+
+FREE_TO_CHANGE = {
+    "training.logging_steps",
+    "training.save_steps",
+    "training.save_total_limit",
+    "training.eval_steps",
+    "training.per_device_eval_batch_size",
+    "logging.report_to",
+    "evaluation.generate",
+    "output_dir",
+}
+"""Recipe keys that do not change what the remaining steps compute; any other may not change when a run is resumed."""
+
+
+def changed_fields(wanted: Recipe, before: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Returns the keys that would change what a resumed run computes, each with its value before and now.
+
+    A data format of `auto` agrees with whatever the run settled on.
+    """
+    now, then = _flat(wanted.model_dump()), _flat(before.model_dump())
+    if now["data.format"] == "auto":
+        now["data.format"] = then["data.format"]
+    keys = (key for key in now | then if not any(key == free or key.startswith(free + ".") for free in FREE_TO_CHANGE))
+    return {key: (then.get(key), now.get(key)) for key in keys if then.get(key) != now.get(key)}
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        nested = isinstance(value, Mapping) and value
+        flat.update(_flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value})
+    return flat
+
+
+def parameter_counts(model: PreTrainedModel) -> dict[str, int | float]:
+    """Returns `trainable_params`, `base_params`, `total_params` and `trainable_percent` (of the total)."""
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return {
+        "trainable_params": trainable,
+        "base_params": total - trainable,
+        "total_params": total,
+        "trainable_percent": 100 * trainable / total,
+    }
+
+
+def environment() -> dict[str, str]:
+    """Returns the versions that a result depends on."""
+    found = {"peftcli": peftcli.__version__, "python": platform.python_version(), "platform": platform.platform()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def describe(
+    run: Path,
+    recipe: Recipe,
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    revision: str | None,
+    model: PreTrainedModel,
+    prepared: PreparedData,
+    result: Result,
+) -> dict[str, Any]:
+    """Returns the manifest of a finished run."""
+    template = getattr(tokenizer, "chat_template", None)
+    return {
+        "recipe_sha256": files.sha256(run / "recipe.yaml"),
+        "method": recipe.method["type"],
+        "base_model": {"name": recipe.model.name, "revision": revision, "type": config.model_type},
+        "parameters": parameter_counts(model),
+        "adapted_modules": len(inject.adapters(model)),
+        "data": {
+            "format": prepared.format,
+            "train": _dataset(prepared.train),
+            "eval": _dataset(prepared.eval) if prepared.eval is not None else None,
+            "chat_template_sha256": hashlib.sha256(str(template).encode()).hexdigest() if template else None,
+        },
+        "seed": recipe.training.seed,
+        "device": str(model.device),
+        "result": {
+            "steps": result.progress.step,
+            "supervised_tokens": result.progress.tokens,
+            "seconds": round(result.seconds, 2),
+            "train": dict(result.last_log),
+            "eval": dict(result.last_evaluation),
+            "best_eval_loss": result.progress.best_loss,
+            "best_step": result.progress.best_step,
+        },
+        "adapter_sha256": files.sha256(run / adapter_files.WEIGHTS_FILE),
+        "environment": environment(),
+    }
+
+
+def _dataset(samples: EncodedDataset) -> dict[str, Any]:
+    return {"samples": len(samples), "tokens": int(samples.offsets[-1]), "sha256": samples.fingerprint}
+
+
+def model_card(facts: Mapping[str, Any], recipe_text: str) -> str:
+    """Returns the run's README.md: what the adapter is, how it did, and the recipe that repeats it."""
+    base, result, counts = facts["base_model"], facts["result"], facts["parameters"]
+    evaluation = result["eval"]
+    rows = [
+        ("Method", facts["method"]),
+        ("Base model", f"`{base['name']}`" + (f" at `{base['revision']}`" if base["revision"] else "")),
+        ("Trained parameters", f"{counts['trainable_params']:,} ({counts['trainable_percent']:.3f} % of all)"),
+        ("Optimizer steps", f"{result['steps']:,} over {result['supervised_tokens']:,} supervised tokens"),
+        ("Training loss", f"{result['train']['loss']:.4f}" if result["train"] else "not logged"),
+        ("Evaluation loss", f"{evaluation['eval_loss']:.4f}" if evaluation else "not evaluated"),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    return f"""---
+base_model: {base["name"]}
+library_name: peft
+tags: [peftcli, {facts["method"]}]
+---
+
+# {facts["method"]} adapter for {Path(base["name"]).name}
+
+| | |
+| --- | --- |
+{table}
+
+This folder is an adapter in PEFT's format:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{base["name"]}")
+model = PeftModel.from_pretrained(model, "path/to/this/folder")
+```
+
+`peftcli train recipe.yaml output_dir=DIR` repeats the run; `manifest.json` has versions, hashes and all figures.
+
+```yaml
+{recipe_text.rstrip()}
+```
+"""

@@ -1,0 +1,36 @@
+"""Recipes: reading, checking, completing and writing the YAML that a user gives. Imports no torch."""
+
+from peftcli.recipe.loading import LoadedRecipe, load
+from peftcli.recipe.messages import problems_from_pydantic
+from peftcli.recipe.paths import resolve_paths
+from peftcli.recipe.schema import (
+    DataSection,
+    EvaluationSection,
+    GenerateSection,
+    LoggingSection,
+    ModelSection,
+    Recipe,
+    Source,
+    TrainingSection,
+)
+from peftcli.recipe.shipped import build_schema, json_schema, method_names
+from peftcli.recipe.writing import dump
+
+__all__ = [
+    "DataSection",
+    "EvaluationSection",
+    "GenerateSection",
+    "LoadedRecipe",
+    "LoggingSection",
+    "ModelSection",
+    "Recipe",
+    "Source",
+    "TrainingSection",
+    "build_schema",
+    "dump",
+    "json_schema",
+    "load",
+    "method_names",
+    "problems_from_pydantic",
+    "resolve_paths",
+]

@@ -1,0 +1,168 @@
+"""What other tools call what a recipe says: data for hints only."""
+
+from __future__ import annotations
+
+# peftcli's key -> what others call it (PEFT, TRL, transformers, Axolotl, LLaMA-Factory, torchtune, LitGPT, Unsloth).
+OTHER_NAMES: dict[str, str] = {
+    "model.name": "model_name_or_path base_model model_name model_id pretrained_model_name_or_path hf_model"
+    " checkpoint_dir base_model_name_or_path base model_path",
+    "model.revision": "model_revision base_model_revision revision_of_model commit",
+    "model.dtype": "torch_dtype model_dtype weights_dtype",
+    "model.attn_implementation": "flash_attn flash_attention use_flash_attn use_flash_attention_2 flash_attn_2"
+    " attention sdp_attention sdpa_attention eager_attention attn",
+    "model.gguf_file": "gguf gguf_path",
+    "data.train": "dataset datasets dataset_name train_file train_files train_dataset train_path train_data"
+    " training_data data_path dataset_path dataset_id dataset_mixer data_files",
+    "data.eval": "eval_dataset eval_file validation_file validation validation_data test_datasets test_file val_data"
+    " eval_data test_data valid test",
+    "data.eval_fraction": "val_set_size val_size validation_split validation_split_percentage test_size eval_size"
+    " val_split_fraction eval_split test_split",
+    "data.format": "dataset_type dataset_format data_format template chat_format prompt_style prompt_format",
+    "data.columns": "column_mapping field_mapping column_map rename_columns dataset_text_field text_column"
+    " field_messages text_field",
+    "data.max_length": "cutoff_len sequence_len max_seq_length max_seq_len model_max_length block_size seq_len"
+    " seq_length context_length sequence_length",
+    "data.overlong": "truncation overflow excess_length_strategy truncate drop_long_seq",
+    "data.train_on": "train_on_inputs train_on_prompt train_on_input mask_prompt completion_only_loss"
+    " assistant_only_loss train_on_responses_only train_on_completions roles_to_train",
+    "data.padding_free": "neat_packing remove_padding use_padding_free",
+    "model": "base_model_config model_config model_args model_arguments",
+    "data": "data_args data_arguments data_module datamodule data_config dataset_config",
+    "method": "lora peft lora_config peft_config adapter_config use_peft lora_args tuner",
+    "training": "trainer training_args training_arguments train_config training_config hyperparameters",
+    "method.type": "peft_type adapter finetuning_type tuner_type train_type peft_method adapter_type use_dora",
+    "method.r": "lora_r lora_rank rank lora_dim",
+    "method.alpha": "lora_alpha",
+    "method.dropout": "lora_dropout",
+    "method.target_modules": "lora_target lora_target_modules lora_target_linear lora_modules target lora_attn_modules",
+    "method.exclude_modules": "lora_exclude_modules freeze_modules skip_modules",
+    "method.layers": "layers_to_transform lora_layers_to_transform num_layers lora_layers",
+    "method.rslora": "use_rslora peft_use_rslora lora_use_rslora",
+    "method.init": "init_lora_weights lora_init peft_init_lora_weights init_weights",
+    "method.loraplus_lr_ratio": "loraplus_ratio lora_plus loraplus",
+    "training.num_train_epochs": "num_epochs epochs epoch n_epochs max_epochs",
+    "training.max_steps": "max_train_steps max_iters num_steps steps train_steps iterations max_steps_per_epoch",
+    "training.per_device_train_batch_size": "micro_batch_size batch_size train_batch_size per_gpu_train_batch_size"
+    " bs per_device_batch_size global_batch_size",
+    "training.per_device_eval_batch_size": "eval_batch_size per_gpu_eval_batch_size val_batch_size",
+    "training.gradient_accumulation_steps": "grad_accum gradient_accumulation accumulation_steps"
+    " grad_accumulation_steps gradient_accumulation_iters accumulate_grad_batches",
+    "training.learning_rate": "lr base_lr max_lr peak_lr learningrate",
+    "training.lr_scheduler_type": "lr_scheduler scheduler lr_schedule scheduler_type decay_lr",
+    "training.warmup_ratio": "warmup lr_warmup_ratio warmup_fraction warmup_proportion",
+    "training.warmup_steps": "num_warmup_steps lr_warmup_steps warmup_iters",
+    "training.weight_decay": "wd decay",
+    "training.adam_beta1": "beta1 betas adam_betas",
+    "training.adam_beta2": "beta2",
+    "training.adam_epsilon": "adam_eps epsilon eps",
+    "training.max_grad_norm": "gradient_clipping clip_grad_norm grad_clip gradient_clip_val max_norm clip_grad"
+    " max_gradient_norm",
+    "training.optim": "optimizer optimiser optimizer_name opt",
+    "training.mixed_precision": "bf16 fp16 precision amp half float16 bfloat16 tf32 pure_bf16",
+    "training.gradient_checkpointing": "activation_checkpointing use_gradient_checkpointing"
+    " enable_activation_checkpointing disable_gradient_checkpointing",
+    "training.logging_steps": "log_every log_every_n_steps log_interval logging_interval",
+    "training.eval_steps": "eval_every eval_interval evals_per_epoch evaluation_steps eval_freq",
+    "training.save_steps": "save_every save_interval saves_per_epoch checkpoint_every save_freq checkpointing_steps",
+    "training.save_total_limit": "keep_last max_checkpoints keep_checkpoints max_to_keep",
+    "training.load_best_at_end": "load_best_model_at_end save_best load_best_model best_model",
+    "training.early_stopping_patience": "early_stopping patience early_stop",
+    "training.seed": "random_seed data_seed manual_seed random_state rng_seed",
+    "evaluation.generate": "generation generation_config gen_kwargs sampling",
+    "evaluation.generate.max_new_tokens": "max_tokens max_generation_length num_new_tokens",
+    "evaluation.generate.do_sample": "sample sampling_enabled",
+    "logging.report_to": "logger loggers log_with tracker trackers",
+    "output_dir": "out_dir output output_path save_dir output_directory run_dir checkpoint_output_dir",
+    "extends": "base_config defaults include includes inherit inherits inherit_from _base_ parent",
+}
+
+# A remark to go with a name whose value differs too.
+REMARKS: dict[str, str] = {
+    "bf16": "write mixed_precision: bf16",
+    "fp16": "write mixed_precision: fp16",
+    "lora_target_linear": "write target_modules: all-linear",
+    "train_on_inputs": "true is train_on: all, false is train_on: assistant",
+    "train_on_prompt": "true is train_on: all, false is train_on: assistant",
+    "use_dora": "write type: dora",
+    "flash_attention": "write attn_implementation: flash_attention_2",
+    "flash_attn": "write attn_implementation: flash_attention_2",
+    "global_batch_size": "the step's batch is this times gradient_accumulation_steps times the number of devices",
+}
+
+_QUANTISED = "a quantised base is not in this version yet"
+_DISTRIBUTED = "training on several devices is not in this version yet"
+_PACKING = "packing is not in this version; data.padding_free already avoids the padding that packing is for"
+_CODE = "never accepted from a recipe: peftcli runs no code from a model repository"
+_TRACKER = "logging.report_to takes tensorboard; other trackers are not in this version, metrics.jsonl has every number"
+_OUTPUT = "the run's files all go to output_dir, which is never overwritten"
+
+# What peftcli does not have -> the other names for it.
+UNAVAILABLE: dict[str, str] = {
+    _QUANTISED: "load_in_4bit load_in_8bit quantization quantize quantization_config quantization_bit"
+    " bnb_4bit_quant_type bnb_4bit_compute_dtype bnb_4bit_use_double_quant bnb_4bit_quant_storage"
+    " double_quantization qlora bnb use_qlora quant_type bits load_4bit quantization_method",
+    _DISTRIBUTED: "distributed deepspeed fsdp fsdp_config ddp num_processes num_gpus n_gpu devices"
+    " tensor_parallel_size ddp_backend ddp_find_unused_parameters context_parallel_size accelerate"
+    " accelerator_config num_nodes",
+    _PACKING: "packing sample_packing packed eval_packing pad_to_sequence_len eval_sample_packing",
+    _CODE: "trust_remote_code trust_remote remote_code",
+    "compiling the model is not in this version": "compile torch_compile torch_compile_mode",
+    _TRACKER: "wandb wandb_project wandb_entity use_wandb mlflow mlflow_tracking_uri comet swanlab wandb_name",
+    "a run is resumed from its own folder, which the recipe does not name": "resume resume_from_checkpoint"
+    " auto_resume_from_checkpoints resume_from",
+    _OUTPUT: "overwrite_output_dir overwrite overwrite_cache",
+    "a recipe does not upload anything": "push_to_hub hub_model_id hub_token hf_token hub_strategy use_auth_token"
+    " token",
+    "training further modules in full is not in this version": "modules_to_save additional_target"
+    " lora_modules_to_save unfreeze trainable_modules",
+    "the Liger kernels are not used": "liger use_liger_kernel enable_liger_kernel liger_kernel",
+    "the chat template is the tokenizer's own": "chat_template tokenizer_config",
+    "the tokenizer is the model's own": "tokenizer tokenizer_name tokenizer_type tokenizer_path special_tokens",
+    "a recipe gives no reward or preference data: peftcli trains on examples": "rl dpo beta reward_model loss_type"
+    " stage",
+    "examples are shuffled by training.seed": "shuffle shuffle_seed group_by_length",
+}
+
+# Field -> a value that other tools use for it -> what to do; a bare choice is what to write.
+OTHER_VALUES: dict[str, dict[str, str]] = {
+    "task": {
+        **dict.fromkeys(("causal_lm", "text-generation", "clm", "sft", "lm"), "causal-lm"),
+        **dict.fromkeys(
+            ("seq2seq-lm", "seq_2_seq_lm", "seq_cls", "sequence-classification", "token-classification"),
+            "only causal-lm is in this version",
+        ),
+    },
+    "dtype": {
+        **dict.fromkeys(("bf16", "torch.bfloat16"), "bfloat16"),
+        **dict.fromkeys(("fp16", "half", "torch.float16"), "float16"),
+        **dict.fromkeys(("fp32", "float", "full", "torch.float32"), "float32"),
+    },
+    "mixed_precision": {
+        **dict.fromkeys(("false", "fp32", "float32", "none", "off", "32", "null"), "no"),
+        **dict.fromkeys(("bfloat16", "bf16-mixed"), "bf16"),
+        **dict.fromkeys(("float16", "fp16-mixed", "half"), "fp16"),
+        "true": "auto",
+    },
+    "optim": {
+        **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "adam", "adamw_fused"), "adamw"),
+        **dict.fromkeys(
+            ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "adafactor", "lion", "muon"),
+            "only adamw and sgd are in this version",
+        ),
+    },
+    "lr_scheduler_type": {
+        "constant_with_warmup": "constant",
+        **dict.fromkeys(("cosine_annealing", "cosine_with_min_lr", "cosine_with_restarts"), "cosine"),
+    },
+    "format": {
+        **dict.fromkeys(("alpaca",), "instruction"),
+        **dict.fromkeys(("sharegpt", "chat", "chatml", "conversations", "openai", "chat_template"), "messages"),
+        **dict.fromkeys(("completion", "prompt_completion", "input_output"), "prompt-completion"),
+        **dict.fromkeys(("raw", "pretraining", "plain"), "text"),
+    },
+    "train_on": {**dict.fromkeys(("completion", "answers", "last"), "assistant"), "everything": "all"},
+    "report_to": {
+        "none": "leave report_to out",
+        **dict.fromkeys(("wandb", "mlflow", "comet_ml", "trackio", "swanlab", "all"), _TRACKER),
+    },
+}

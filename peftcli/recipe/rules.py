@@ -1,0 +1,67 @@
+"""Rules between fields of a recipe: settings that exclude each other, and settings that would do nothing.
+
+They work on the plain values as written, not on the models: so they are reported together with everything else that
+is wrong, and a value that was written can be told from a default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from peftcli.errors import Problem
+from peftcli.recipe.fields import default_of
+from peftcli.recipe.messages import Locate
+from peftcli.recipe.values import KeyPath, dotted
+
+EXCLUSIVE: tuple[tuple[KeyPath, KeyPath], ...] = (
+    (("data", "eval"), ("data", "eval_fraction")),
+    (("training", "max_steps"), ("training", "num_train_epochs")),
+    (("training", "warmup_steps"), ("training", "warmup_ratio")),
+)
+"""Pairs of which a recipe sets one. Only the second of a pair can have a default, which the first puts aside."""
+
+_NEED_EVAL: tuple[KeyPath, ...] = (
+    ("training", "load_best_at_end"),
+    ("training", "early_stopping_patience"),
+    ("training", "eval_steps"),
+)
+
+# A field, and the value of another field without which it would do nothing.
+_NEED_VALUE: tuple[tuple[KeyPath, KeyPath, str | bool], ...] = (
+    (("training", "adam_beta1"), ("training", "optim"), "adamw"),
+    (("training", "adam_beta2"), ("training", "optim"), "adamw"),
+    (("training", "adam_epsilon"), ("training", "optim"), "adamw"),
+    (("evaluation", "generate", "temperature"), ("evaluation", "generate", "do_sample"), True),
+    (("evaluation", "generate", "top_p"), ("evaluation", "generate", "do_sample"), True),
+)
+
+
+def given(values: Any, path: KeyPath) -> Any:
+    """Returns the value written at a path; None where there is none."""
+    for part in path:
+        values = values.get(part) if isinstance(values, Mapping) else None
+    return values
+
+
+def broken_rules(values: Mapping[str, Any], locate: Locate) -> Iterator[Problem]:
+    """Yields a problem for each rule that the recipe's plain `values` break, whatever else is wrong with them."""
+    for one, other in EXCLUSIVE:
+        if given(values, one) is not None and given(values, other) is not None:
+            message = f"{dotted(one)} and {dotted(other)} exclude each other"
+            yield Problem(message, locate(one), f"remove one of them; {dotted(other)} is at {locate(other)}")
+    if given(values, ("data", "eval")) is None and given(values, ("data", "eval_fraction")) is None:
+        for path in _NEED_EVAL:
+            if given(values, path) not in (None, False):
+                hint = f"set data.eval or data.eval_fraction, or remove {path[-1]}"
+                yield Problem(f"{dotted(path)} needs evaluation data", locate(path), hint)
+    for path, on, value in _NEED_VALUE:
+        written, other_value = given(values, path), given(values, on)
+        other_value = default_of(on) if other_value is None else other_value
+        if written is not None and written != default_of(path) and other_value != value:
+            message = f"{dotted(path)} does nothing without {dotted(on)}: {_plain(value)}"
+            yield Problem(message, locate(path), f"set {dotted(on)}, or remove {path[-1]}")
+
+
+def _plain(value: str | bool) -> str:
+    return str(value).lower()

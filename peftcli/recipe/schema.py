@@ -1,0 +1,227 @@
+"""What a recipe may say: its sections, their fields, defaults and limits.
+
+The descriptions are what `peftcli schema`, the editor's help and the documentation show. The fields of `method` are
+declared by each method in `peftcli/methods`; rules between fields are in `rules.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+
+
+class Section(BaseModel):
+    """A group of recipe fields. An unknown field is an error; values are never converted from another type."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """The base model, which stays as it is."""
+
+    name: str = Field(min_length=1, description="The base model: a hub id, or a local folder (`~` is the home folder).")
+    revision: str | None = Field(
+        default=None,
+        description="Branch, tag or commit of a hub model; a commit makes the run repeatable. Left out: main.",
+    )
+    gguf_file: str | None = Field(
+        default=None, min_length=1, description="Name of a GGUF file beside the model, to load the weights from it."
+    )
+    task: Literal["causal-lm"] = Field(
+        default="causal-lm", description="What the model does: causal-lm continues a text."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="Number format of the base weights. auto: the one the model was saved in."
+    )
+    attn_implementation: str | None = Field(
+        default=None,
+        description="Attention code of transformers, such as sdpa or eager. Left out: transformers chooses.",
+    )
+
+    @field_validator("gguf_file")
+    @classmethod
+    def _is_a_bare_name(cls, value: str | None) -> str | None:
+        if value is not None and (any(separator in value for separator in "/\\") or value == ".."):
+            raise ValueError("must be the name of a file in the model's folder, without a path")
+        return value
+
+
+class Source(Section):
+    """One dataset."""
+
+    path: str = Field(
+        min_length=1, description="A data file, a folder, or a hub id; paths count from the current directory."
+    )
+    name: str | None = Field(default=None, description="Configuration of a hub dataset, where it has several.")
+    split: str = Field(default="train", min_length=1, description="Split of the dataset; a single file is all train.")
+
+
+def _as_sources(value: object) -> object:
+    """Returns the short forms of a list of datasets, a path or one mapping, as the list they stand for."""
+    items = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    if not all(isinstance(item, (str, Mapping, Source)) for item in items):
+        raise ValueError("expected a path, a mapping with `path`, or a list of these")
+    return tuple({"path": item} if isinstance(item, str) else item for item in items)
+
+
+_Path = Annotated[str, Field(min_length=1)]
+Sources = Annotated[
+    tuple[Source, ...],
+    Field(min_length=1),
+    BeforeValidator(
+        _as_sources, json_schema_input_type=_Path | Source | Annotated[list[_Path | Source], Field(min_length=1)]
+    ),
+]
+
+
+class DataSection(Section):
+    """What to learn from, and how it becomes tokens."""
+
+    train: Sources = Field(description="Training data: a path, a hub id, {path, name, split}, or a list of these.")
+    eval: Sources | None = Field(
+        default=None, description="Evaluation data, in the same forms. Left out: no evaluation."
+    )
+    eval_fraction: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Share of the training data to set aside for evaluation, instead of `eval`.",
+    )
+    format: Literal["auto", "text", "prompt-completion", "messages", "instruction"] = Field(
+        default="auto", description="What the columns mean. auto: told from their names."
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="Columns to rename, as wanted name: name in the file, such as prompt: question.",
+    )
+    max_length: int = Field(default=1024, gt=1, description="Longest example, in tokens; memory grows with it.")
+    overlong: Literal["truncate", "drop", "error"] = Field(
+        default="truncate", description="What happens to longer examples: cut at max_length, left out, or refused."
+    )
+    train_on: Literal["assistant", "all"] = Field(
+        default="assistant", description="Tokens that count in the loss: the answers only, or the prompts too."
+    )
+    padding_free: Literal["auto"] | bool = Field(
+        default="auto",
+        description="Join a batch's examples instead of padding them. auto: where the attention code allows it.",
+    )
+
+
+class TrainingSection(Section):
+    """How to train."""
+
+    num_train_epochs: float = Field(default=3.0, gt=0, description="Passes over the training data. Not with max_steps.")
+    max_steps: int | None = Field(
+        default=None, gt=0, description="Optimizer steps to train for, instead of num_train_epochs."
+    )
+    per_device_train_batch_size: int = Field(default=8, gt=0, description="Examples per device in one forward pass.")
+    per_device_eval_batch_size: int = Field(default=8, gt=0, description="Examples per device in one evaluation pass.")
+    gradient_accumulation_steps: int = Field(
+        default=1, gt=0, description="Passes per optimizer step: multiplies the batch without its memory."
+    )
+    learning_rate: float | None = Field(
+        default=None, gt=0, description="Peak learning rate. Left out: the method's own default."
+    )
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine",
+        description="How the learning rate falls after warm-up: to 0 along a cosine or a line, or not at all.",
+    )
+    warmup_ratio: float = Field(
+        default=0.03, ge=0, lt=1, description="Share of all steps in which the learning rate rises from 0."
+    )
+    warmup_steps: int | None = Field(default=None, ge=0, description="Steps of warm-up, instead of warmup_ratio.")
+    weight_decay: float = Field(
+        default=0.0, ge=0, description="AdamW's decoupled decay. 0: adapters are small and start near 0."
+    )
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="Decay of AdamW's mean of gradients.")
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1, description="Decay of AdamW's mean of squared gradients.")
+    adam_epsilon: float = Field(default=1e-8, gt=0, description="Added to AdamW's denominator.")
+    max_grad_norm: float | None = Field(
+        default=1.0, gt=0, description="Gradients with a larger norm are scaled down to it. null: never."
+    )
+    optim: Literal["adamw", "sgd"] = Field(default="adamw", description="The optimizer.")
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = Field(
+        default="auto",
+        description="Number format of the computation. auto: bf16 where the device has it in hardware, else no.",
+    )
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="Recompute activations in the backward pass: much less memory, about a third more time.",
+    )
+    logging_steps: int = Field(default=10, gt=0, description="Steps between two lines of metrics.")
+    eval_steps: int | None = Field(
+        default=None,
+        gt=0,
+        description="Steps between evaluations. Left out: at the end of each epoch, if there is eval data.",
+    )
+    save_steps: int | None = Field(
+        default=None, gt=0, description="Steps between checkpoints. Left out: at the end of each epoch."
+    )
+    save_total_limit: int | None = Field(default=3, ge=1, description="Checkpoints to keep, the newest. null: all.")
+    load_best_at_end: bool = Field(
+        default=False, description="Keep the adapter with the lowest evaluation loss instead of the last one."
+    )
+    early_stopping_patience: int | None = Field(
+        default=None, gt=0, description="Stop after this many evaluations without a lower loss. Left out: never."
+    )
+    seed: int = Field(
+        default=42, ge=0, lt=2**32, description="Seed of everything random: adapter, data order, dropout."
+    )
+
+
+class GenerateSection(Section):
+    """How text is generated in an evaluation."""
+
+    max_new_tokens: int = Field(default=64, gt=0, description="Longest text to generate, in tokens.")
+    do_sample: bool = Field(
+        default=False, description="Draw tokens at random. false: always the likeliest, so repeatable."
+    )
+    temperature: float = Field(
+        default=1.0, gt=0, description="Below 1 the likely tokens become likelier. Needs do_sample."
+    )
+    top_p: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Draw from the likeliest tokens that hold this probability. Needs do_sample.",
+    )
+
+
+class EvaluationSection(Section):
+    """How to evaluate."""
+
+    generate: GenerateSection = Field(default_factory=GenerateSection, description="How text is generated.")
+
+
+def _as_names(value: object) -> object:
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+Reporters = Annotated[
+    tuple[Literal["tensorboard"], ...],
+    BeforeValidator(_as_names, json_schema_input_type=Literal["tensorboard"] | list[Literal["tensorboard"]]),
+]
+
+
+class LoggingSection(Section):
+    """Where metrics go besides the run's own metrics.jsonl."""
+
+    report_to: Reporters = Field(default=(), description="Other places for the metrics: tensorboard.")
+
+
+class Recipe(Section):
+    """A fine-tuning recipe: a base model, data, a method, and how to train."""
+
+    model: ModelSection = Field(description="The base model.")
+    data: DataSection = Field(description="What to learn from.")
+    method: Mapping[str, Any] = Field(description="How to adapt the model: `type`, and that method's own fields.")
+    training: TrainingSection = Field(default_factory=TrainingSection, description="How to train.")
+    evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="How to evaluate.")
+    logging: LoggingSection = Field(default_factory=LoggingSection, description="Where metrics go.")
+    output_dir: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Folder for all that the run leaves. Left out: runs/<the recipe's file name>.",
+    )

@@ -1,0 +1,270 @@
+"""`peftcli train`: from a recipe to a finished run folder."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from peftcli import files, inject, manifest, methods, models, recipe
+from peftcli.checkpoint import adapter as adapter_files
+from peftcli.checkpoint import state
+from peftcli.data.preview import Segment, render_sample
+from peftcli.errors import HostError, ModelError, RecipeError
+from peftcli.recipe import LoadedRecipe, Recipe
+from peftcli.reporting import Reporter
+from peftcli.run import RECIPE_FILE
+from peftcli.run.opening import Base, check_method, find_sites, load_weights, make_batcher, open_base, prepare_data
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedModel
+
+    from peftcli.data import PreparedData
+    from peftcli.methods._protocol import Targets
+    from peftcli.training.loop import Result, Task
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How a run is started, beside its recipe."""
+
+    device: str | None = None
+    resume: bool = False
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that was opened for one run.
+
+    Attributes:
+        recipe: What to do.
+        folder: The run's folder.
+        base: The base model's files and tokenizer.
+        model: The base model with its adapters.
+        config: The method's Config.
+        data: The encoded samples.
+        joins: Whether batches may be padding-free.
+    """
+
+    recipe: Recipe
+    folder: Path
+    base: Base
+    model: PreTrainedModel
+    config: Targets
+    data: PreparedData
+    joins: bool
+
+
+def train(
+    loaded: LoadedRecipe, options: TrainOptions, reporter: Reporter, show: Callable[[list[Segment]], None]
+) -> dict[str, Any]:
+    """Trains as the recipe says, writes the run's folder, and returns its manifest.
+
+    Args:
+        loaded: The recipe.
+        options: How to start.
+        reporter: Where progress goes.
+        show: Called with one decoded sample, for the user to see what will be learned.
+    """
+    method, config = check_method(loaded)
+    settings = loaded.recipe.training
+    device = models.pick_device(options.device)
+    precision = mixed_precision(settings.mixed_precision, device)
+    folder = Path(loaded.recipe.output_dir or "runs")
+    with open_folder(folder, options):
+        resumed = _resume_from(loaded.recipe, folder, reporter) if options.resume else None
+        reporter.stage("reading the model's configuration and the data")
+        base = open_base(loaded.recipe.model)
+        find_sites(loaded, base, method, config)
+        prepared = prepare_data(loaded.recipe, base)
+        _note_data(prepared, reporter)
+        show(render_sample(prepared.train[0], base.tokenizer))
+        reporter.stage("loading the base model")
+        model = load_weights(base, device)
+        joins = _may_join(loaded.recipe, model, reporter)
+        inject.graft(model, method, config, settings.seed)
+        _note_sizes(model, precision, reporter)
+        job = Job(loaded.recipe, folder, base, model, config, prepared, joins)
+        _write_start(job)
+        return _write_end(job, _run_loop(job, precision, resumed, reporter))
+
+
+def mixed_precision(wanted: str, device: torch.device) -> str:
+    """Returns `no`, `bf16` or `fp16`: what was asked for, or bf16 for `auto` where the device has it in hardware.
+
+    Raises:
+        HostError: The device cannot do what was asked for; the libraries would compute in float32 without a word.
+    """
+    if wanted == "auto":
+        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    if wanted == "fp16" and device.type == "cpu":
+        raise HostError(
+            "training.mixed_precision: fp16 needs a GPU, and this run is on the CPU",
+            hint="set training.mixed_precision to no (fastest on a CPU), or to auto",
+        )
+    return wanted
+
+
+@contextlib.contextmanager
+def open_folder(folder: Path, options: TrainOptions) -> Iterator[None]:
+    """Holds the run's folder for this process while entered.
+
+    Raises:
+        HostError: It cannot be written, is in use, or holds a run that was neither to be resumed nor replaced.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise HostError(f"output_dir: {folder} is a file", hint="choose another folder with output_dir=DIR")
+    taken = folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
+    if taken and not (options.resume or options.overwrite):
+        raise HostError(
+            f"output_dir: {folder} exists and is not empty",
+            hint="go on with it: --resume; replace it: --overwrite; or choose another: output_dir=DIR",
+        )
+    files.check_writable(folder)
+    with files.locked(folder):
+        if taken and options.overwrite and not options.resume:
+            files.clear_run(folder, owned=manifest.RUN_FILES)
+        yield
+
+
+def _resume_from(wanted: Recipe, folder: Path, reporter: Reporter) -> Path | None:
+    """Returns the checkpoint to resume from; None where the run was stopped before it saved one.
+
+    Raises:
+        RecipeError: The recipe is not the run's own where that changes what is computed.
+        ModelError: There is nothing to resume.
+    """
+    if not (folder / RECIPE_FILE).is_file():
+        raise ModelError(f"{folder} holds no run to resume", hint="leave --resume out to start one")
+    before = recipe.load(folder / RECIPE_FILE).recipe
+    changed = manifest.changed_fields(recipe.resolve_paths(wanted), before)
+    if changed:
+        listing = "; ".join(f"{key} was {old}, is {new}" for key, (old, new) in changed.items())
+        raise RecipeError(
+            f"the recipe is not the one that {folder} was started with: {listing}",
+            hint=f"resume with {folder / RECIPE_FILE}, or start a new run with output_dir=DIR",
+        )
+    checkpoint, remarks = state.newest_checkpoint(folder)
+    for remark in remarks:
+        reporter.note(remark)
+    reporter.note(f"resuming from {checkpoint.name}" if checkpoint else "no checkpoint yet: starting from step 0")
+    return checkpoint
+
+
+def _note_data(prepared: PreparedData, reporter: Reporter) -> None:
+    for line in prepared.train_report.lines():
+        reporter.note(f"train: {line}")
+    for line in prepared.eval_report.lines() if prepared.eval_report else ():
+        reporter.note(f"eval: {line}")
+
+
+def _may_join(wanted: Recipe, model: PreTrainedModel, reporter: Reporter) -> bool:
+    """Returns whether batches may be padding-free, having tried it on the model.
+
+    Raises:
+        ModelError: The recipe insists and the model cannot.
+    """
+    from peftcli.training.checks import joins_exactly
+
+    if wanted.data.padding_free is False:
+        return False
+    if joins_exactly(model):
+        return True
+    attention = model.config._attn_implementation
+    message = f"{model.config.model_type} with {attention} attention cannot keep joined samples apart"
+    if wanted.data.padding_free is True:
+        raise ModelError(f"data.padding_free: {message}", hint="set data.padding_free to auto or false")
+    reporter.note(f"batches are padded: {message}")
+    return False
+
+
+def _note_sizes(model: PreTrainedModel, precision: str, reporter: Reporter) -> None:
+    counts = manifest.parameter_counts(model)
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    reporter.note(
+        f"{counts['trainable_params']:,} of {counts['total_params']:,} parameters train "
+        f"({counts['trainable_percent']:.3f} %) in {len(inject.adapters(model))} modules; "
+        f"base in {dtype} on {model.device}, mixed precision {precision}"
+    )
+
+
+def _write_start(job: Job) -> None:
+    """Writes what a run folder needs from its first step on: the resolved recipe and the tokenizer."""
+    settled = job.recipe.data.model_copy(update={"format": job.data.format})
+    resolved = recipe.resolve_paths(job.recipe.model_copy(update={"data": settled}))
+    files.write_text(job.folder / RECIPE_FILE, recipe.dump(resolved))
+    with files.explained(job.folder):
+        job.base.tokenizer.save_pretrained(job.folder)
+
+
+def _run_loop(job: Job, precision: str, resumed: Path | None, reporter: Reporter) -> Result:
+    from accelerate import Accelerator
+
+    from peftcli.training.loop import Trainer
+
+    accelerator = Accelerator(mixed_precision=precision, cpu=job.model.device.type == "cpu")
+    if job.recipe.training.gradient_checkpointing:
+        job.model.gradient_checkpointing_enable({"use_reentrant": False})
+    first_step = int(resumed.name.rpartition("-")[2]) if resumed is not None else 0
+    trainer = Trainer(_task(job, accelerator, first_step, reporter), accelerator)
+    if resumed is not None:
+        trainer.resume(resumed)
+    return trainer.run()
+
+
+def _task(job: Job, accelerator: Accelerator, first_step: int, reporter: Reporter) -> Task:
+    from peftcli.data.sampling import StepPlan
+    from peftcli.evaluation.language import evaluate
+    from peftcli.training.logs import MetricsLog, TensorBoardLog
+    from peftcli.training.loop import Task
+
+    settings, always = job.recipe.training, job.recipe.data.padding_free is True
+    eval_with = None
+    if job.data.eval is not None:
+        held_out = make_batcher(job.data.eval, job.base, joins=job.joins, always=always)
+        size = settings.per_device_eval_batch_size
+        eval_with = partial(evaluate, job.model, held_out, size, accelerator.device, reporter.advance)
+    method = methods.load(job.recipe.method["type"])
+    return Task(
+        run=job.folder,
+        model=job.model,
+        config=job.config,
+        base_model=job.recipe.model.name,
+        revision=job.base.revision,
+        settings=settings,
+        learning_rate=settings.learning_rate or method.default_learning_rate,
+        plan=StepPlan(
+            len(job.data.train),
+            settings.per_device_train_batch_size,
+            settings.gradient_accumulation_steps,
+            settings.seed,
+            accelerator.process_index,
+            accelerator.num_processes,
+        ),
+        batcher=make_batcher(job.data.train, job.base, joins=job.joins, always=always),
+        evaluate=eval_with,
+        reporter=reporter,
+        logs=[
+            MetricsLog(job.folder, first_step),
+            *(TensorBoardLog(job.folder) for _ in job.recipe.logging.report_to),
+        ],
+    )
+
+
+def _write_end(job: Job, result: Result) -> dict[str, Any]:
+    """Writes the adapter, the manifest and the model card, and returns the manifest."""
+    adapter_files.save_adapter(job.folder, job.model, job.config, job.recipe.model.name, job.base.revision)
+    facts = manifest.describe(
+        job.folder, job.recipe, job.base.config, job.base.tokenizer, job.base.revision, job.model, job.data, result
+    )
+    files.write_json(job.folder / manifest.MANIFEST_FILE, facts)
+    text = (job.folder / RECIPE_FILE).read_text(encoding="utf-8")
+    files.write_text(job.folder / "README.md", manifest.model_card(facts, text))
+    return facts

@@ -1,0 +1,72 @@
+"""What every run checks of itself: each costs next to nothing and catches a run that would be for naught."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from peftcli.errors import ModelError, NumericalError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LAYOUT_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 1e-1, torch.float16: 3e-2}
+"""How far logits may differ between layouts, relative to the largest: rounding, but not a leak between samples."""
+
+
+def something_trains(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raises a ModelError where no parameter trains, or one that trains is held in half precision."""
+    if not parameters:
+        raise ModelError("nothing would train: the method added no trainable parameter")
+    half = [name for name, parameter in parameters.items() if parameter.dtype in (torch.float16, torch.bfloat16)]
+    if half:
+        raise ModelError(f"{half[0]} trains in {parameters[half[0]].dtype}: small updates would be rounded away")
+
+
+def gradients_arrived(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raises a NumericalError where a trainable parameter got no gradient at all, naming up to five.
+
+    Meant for the first step's backward pass.
+    """
+    without = [name for name, parameter in parameters.items() if parameter.grad is None]
+    if without:
+        raise NumericalError(
+            f"{len(without)} of {len(parameters)} trainable tensors got no gradient: {', '.join(without[:5])}",
+            hint="the adapted modules are not part of the forward pass; choose others with method.target_modules",
+        )
+
+
+def not_finite(parameters: Mapping[str, nn.Parameter]) -> list[str]:
+    """Returns the trainable parameters whose gradient holds a value that is not finite."""
+    return [
+        name
+        for name, parameter in parameters.items()
+        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all())
+    ]
+
+
+@torch.no_grad()
+def joins_exactly(model: PreTrainedModel) -> bool:
+    """Returns whether `model` gives two short sequences, joined in one row, the logits that each gets alone.
+
+    This is what padding-free batches rely on. It fails for models whose layers mix neighbours without a mask
+    (recurrent or convolutional ones) or that ignore `position_ids`.
+    """
+    embedding: Any = model.get_input_embeddings()
+    vocabulary, device = embedding.weight.shape[0], embedding.weight.device
+    first, second = (torch.arange(n, device=device)[None] * 7 % vocabulary for n in (5, 4))
+    positions = torch.cat([torch.arange(5, device=device), torch.arange(4, device=device)])[None]
+    was_training = model.training
+    model.eval()
+    try:
+        joined = model(input_ids=torch.cat([first, second], 1), position_ids=positions, use_cache=False).logits
+        apart = torch.cat([model(input_ids=ids, use_cache=False).logits for ids in (first, second)], 1)
+    except (TypeError, ValueError):
+        return False
+    finally:
+        model.train(was_training)
+    tolerance = LAYOUT_TOLERANCE.get(joined.dtype, 1e-3)
+    return bool((joined - apart).abs().max() <= tolerance * apart.abs().max())

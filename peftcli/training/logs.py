@@ -1,0 +1,51 @@
+"""Where a run's metrics go to stay: metrics.jsonl always, TensorBoard where the recipe asks for it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from peftcli import files
+from peftcli.errors import HostError
+from peftcli.reporting import Metrics
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsLog:
+    """metrics.jsonl: one JSON object a line, each with `step`. Lines after the step resumed from are dropped."""
+
+    def __init__(self, run: Path, first_step: int) -> None:
+        self._path = run / METRICS_FILE
+        kept = [line for line in self._lines() if json.loads(line)["step"] <= first_step] if first_step else []
+        files.write_text(self._path, "".join(line + "\n" for line in kept))
+
+    def _lines(self) -> list[str]:
+        return self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        """Appends one line; a line of a few hundred bytes is written whole or not at all."""
+        with files.explained(self._path), self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+
+class TensorBoardLog:
+    """TensorBoard event files in the run's `tensorboard` folder."""
+
+    def __init__(self, run: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise HostError(
+                "logging.report_to: tensorboard is not installed", hint="pip install 'peftcli[tensorboard]'"
+            ) from error
+        self._writer: Any = SummaryWriter(str(run / "tensorboard"))
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        """Adds each metric as a scalar; evaluation metrics keep their prefix as a group."""
+        for name, value in metrics.items():
+            group, _, rest = name.partition("_")
+            tag = f"eval/{rest}" if group == "eval" else f"train/{name}"
+            self._writer.add_scalar(tag, value, step)
+        self._writer.flush()

@@ -1,0 +1,273 @@
+"""The training loop.
+
+One optimizer step is a pure function of the weights, the optimizer's state and the step's number: which samples it
+sees, in which order, with which noise and learning rate all follow from (seed, step, rank). The loss is divided by the
+supervised tokens of the whole step, over all micro-batches and ranks, so that neither padding nor the way a batch is
+cut up changes what is learned.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from peftcli.checkpoint import state
+from peftcli.checkpoint.state import Progress
+from peftcli.errors import Interrupted, NumericalError
+from peftcli.training import checks, loss, optimizers, schedule
+from peftcli.training.meter import Meter
+from peftcli.training.signals import StopRequest
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedModel
+
+    from peftcli.data.batching import Batcher
+    from peftcli.data.sampling import StepPlan
+    from peftcli.methods._protocol import Targets
+    from peftcli.recipe import TrainingSection
+    from peftcli.reporting import Metrics, Reporter
+    from peftcli.training.logs import MetricsLog, TensorBoardLog
+
+
+@dataclass(frozen=True)
+class Task:
+    """All that a run trains with, made by the composition root.
+
+    Attributes:
+        run: The output folder.
+        model: The base model with its adapters, not yet prepared by Accelerate.
+        config: The method's Config, for the adapter files.
+        base_model: The base's name, for the adapter files.
+        revision: The base's revision, likewise.
+        settings: The recipe's training section.
+        learning_rate: The peak learning rate.
+        plan: Which samples each step sees.
+        batcher: Turns samples into batches.
+        evaluate: Returns the metrics of the evaluation set, names starting with `eval_`; None without such a set.
+        reporter: Where progress goes.
+        logs: Where metrics stay.
+    """
+
+    run: Path
+    model: PreTrainedModel
+    config: Targets
+    base_model: str
+    revision: str | None
+    settings: TrainingSection
+    learning_rate: float
+    plan: StepPlan
+    batcher: Batcher
+    evaluate: Callable[[], dict[str, float]] | None
+    reporter: Reporter
+    logs: list[MetricsLog | TensorBoardLog]
+
+
+@dataclass(frozen=True)
+class Result:
+    """How training ended.
+
+    Attributes:
+        progress: Where it ended.
+        last_log: The last logged training metrics.
+        last_evaluation: The last evaluation's metrics; of the best one where that was restored.
+        seconds: Time spent in the loop, in this process.
+    """
+
+    progress: Progress
+    last_log: Metrics
+    last_evaluation: Metrics
+    seconds: float
+
+
+class Trainer:
+    """Runs one task from a checkpoint, or from the start, to the end."""
+
+    def __init__(self, task: Task, accelerator: Accelerator) -> None:
+        self.task = task
+        self.accelerator = accelerator
+        self.parameters = optimizers.trainable_parameters(task.model)
+        checks.something_trains(self.parameters)
+        self.optimizer = optimizers.make_optimizer(task.model, task.settings, task.learning_rate)
+        self.progress = Progress()
+        self.total = schedule.total_steps(task.settings, task.plan.steps_per_epoch)
+        self.factor = schedule.learning_rate_schedule(task.settings, self.total)
+        self.meter = Meter(task.settings.logging_steps)
+        self.last_log: Metrics = {}
+        self.evaluations: dict[int, Metrics] = {}
+        self.model: Any = None
+        self.prepared: Any = None
+
+    def resume(self, folder: Path) -> None:
+        """Continues from the checkpoint in `folder`; call it before `run`."""
+        self.progress = state.load_checkpoint(folder, self.task.model, self.optimizer)
+
+    def run(self) -> Result:
+        """Trains to the end.
+
+        Raises:
+            NumericalError: A loss or gradient is not finite; that step was not applied.
+            Interrupted: A signal asked for an end; the run is saved and can be resumed.
+        """
+        task, started = self.task, time.monotonic()
+        self.model, self.prepared = self.accelerator.prepare(task.model, self.optimizer)
+        if self.accelerator.scaler is not None and self.progress.loss_scale:
+            self.accelerator.scaler.load_state_dict(self.progress.loss_scale)
+        task.reporter.begin(self.total, self.progress.step)
+        task.model.train()
+        try:
+            with StopRequest() as stop:
+                while self.progress.step < self.total and not self._out_of_patience():
+                    self._step()
+                    self._after_step()
+                    if stop.signal_name is not None and self.progress.step < self.total:
+                        self._save()
+                        raise Interrupted(
+                            f"{stop.signal_name}: stopped after step {self.progress.step} of {self.total}; it is saved",
+                            hint="run the same command with --resume to go on",
+                        )
+        finally:
+            task.reporter.end()
+        self._restore_best()
+        final = self.evaluations.get(self.progress.best_step if task.settings.load_best_at_end else self.progress.step)
+        return Result(self.progress, self.last_log, final or {}, time.monotonic() - started)
+
+    def _step(self) -> None:
+        """Does one optimizer step, or raises a NumericalError without having changed a weight."""
+        step, settings = self.progress.step, self.task.settings
+        micro_batches = self.task.plan.step(step)
+        batches = [self.task.batcher.batch(indices) for indices in micro_batches]
+        tokens = self._sum_over_ranks(sum(batch.num_supervised for batch in batches))
+        all_tokens = self._sum_over_ranks(sum(batch.num_tokens for batch in batches))
+        optimizers.set_learning_rate(self.optimizer, self.factor(step))
+        summed = torch.zeros((), device=self.accelerator.device)
+        for position, batch in enumerate(batches):
+            summed += self._backward(batch, tokens, position, last=position == len(batches) - 1)
+        if step == 0:
+            checks.gradients_arrived(self.parameters)
+        norm = self.accelerator.clip_grad_norm_(self.parameters.values(), settings.max_grad_norm or math.inf)
+        total_loss = float(self._sum_over_ranks(summed)) / tokens
+        self._refuse_unless_finite(total_loss, norm, micro_batches)
+        self.prepared.step()
+        self.prepared.zero_grad()
+        self.progress.step += 1
+        self.progress.tokens += int(tokens)
+        lr = self.task.learning_rate * self.factor(step)
+        self.meter.add(total_loss * tokens, int(tokens), int(all_tokens), float(norm), lr)
+
+    def _backward(self, batch: Any, tokens: float, position: int, *, last: bool) -> Tensor:
+        """Adds one micro-batch's gradients and returns its summed loss, detached."""
+        batch = batch.to(self.accelerator.device)
+        loss.seed_noise(self.task.settings.seed, self.progress.step, position, self.accelerator.process_index)
+        # Ranks average their gradients: their number undoes that, so the sum is over all tokens of the step.
+        scale = self.accelerator.num_processes / tokens
+        if last:
+            summed = loss.score(self.model, batch).loss
+            self.accelerator.backward(summed * scale)
+        else:
+            with self.accelerator.no_sync(self.model):
+                summed = loss.score(self.model, batch).loss
+                self.accelerator.backward(summed * scale)
+        return summed.detach()
+
+    def _sum_over_ranks(self, value: float | Tensor) -> float:
+        if self.accelerator.num_processes == 1:
+            return float(value)
+        total: Any = self.accelerator.reduce(torch.as_tensor(value, device=self.accelerator.device), "sum")
+        return float(total)
+
+    def _refuse_unless_finite(self, value: float, norm: Tensor, micro_batches: list[list[int]]) -> None:
+        """Raises a NumericalError, naming the rows, where the step's loss or gradient is not finite.
+
+        With a loss scale the gradient may overflow: then the optimizer skips the step and lowers the scale by itself.
+        """
+        gradient_may_overflow = self.accelerator.scaler is not None
+        if math.isfinite(value) and (gradient_may_overflow or bool(torch.isfinite(norm))):
+            return
+        what = f"the loss is {value}"
+        if math.isfinite(value):
+            what = f"the gradient of {', '.join(checks.not_finite(self.parameters)[:1]) or 'a parameter'} is not finite"
+        rows = [index for indices in micro_batches for index in indices]
+        raise NumericalError(
+            f"step {self.progress.step + 1}: {what}; the step was not applied "
+            f"(training rows {', '.join(map(str, rows[:16]))}{' …' if len(rows) > 16 else ''})",
+            hint="lower training.learning_rate, set training.max_grad_norm, or use mixed_precision no or bf16; "
+            "the last checkpoint is intact",
+        )
+
+    def _after_step(self) -> None:
+        """Logs, evaluates and saves, where it is time to."""
+        step, task = self.progress.step, self.task
+        task.reporter.step(step, self.meter.latest)
+        at_end = step == self.total
+        epoch_ends = step % task.plan.steps_per_epoch == 0 or at_end
+        if self.meter.is_full or (at_end and not self.meter.is_empty):
+            self.last_log = {"epoch": round(step / task.plan.steps_per_epoch, 4), **self.meter.flush()}
+            self._log(self.last_log)
+        improved = False
+        if task.evaluate is not None and _is_due(step, task.settings.eval_steps, epoch_ends, at_end=at_end):
+            improved = self._evaluate()
+        if (improved and task.settings.load_best_at_end) or _is_due(
+            step, task.settings.save_steps, epoch_ends, at_end=at_end
+        ):
+            self._save()
+
+    def _log(self, metrics: Metrics) -> None:
+        for log in self.task.logs:
+            log.write(self.progress.step, metrics)
+        self.task.reporter.log(self.progress.step, metrics)
+
+    def _evaluate(self) -> bool:
+        """Evaluates, logs it, and returns whether the loss is the lowest so far."""
+        assert self.task.evaluate is not None
+        metrics = self.task.evaluate()
+        self.task.model.train()
+        self.meter.restart_clock()
+        self._log(metrics)
+        self.evaluations[self.progress.step] = metrics
+        improved = self.progress.best_loss is None or metrics["eval_loss"] < self.progress.best_loss
+        if improved:
+            self.progress.best_loss, self.progress.best_step = metrics["eval_loss"], self.progress.step
+        self.progress.evaluations_since_best = 0 if improved else self.progress.evaluations_since_best + 1
+        return improved
+
+    def _out_of_patience(self) -> bool:
+        patience = self.task.settings.early_stopping_patience
+        if patience is None or self.progress.evaluations_since_best < patience:
+            return False
+        self.task.reporter.note(
+            f"stopped early at step {self.progress.step}: {patience} evaluations without a loss lower than "
+            f"{self.progress.best_loss:.4f} (step {self.progress.best_step})"
+        )
+        return True
+
+    def _save(self) -> None:
+        task = self.task
+        if self.accelerator.scaler is not None:
+            self.progress.loss_scale = self.accelerator.scaler.state_dict()
+        state.save_checkpoint(
+            task.run, self.progress, task.model, self.optimizer, task.config, task.base_model, task.revision
+        )
+        keep = {self.progress.best_step} if task.settings.load_best_at_end else set()
+        state.rotate(task.run, task.settings.save_total_limit, keep)
+
+    def _restore_best(self) -> None:
+        """Puts the adapter with the lowest evaluation loss back, where the recipe asks for it."""
+        best = self.progress.best_step
+        if self.task.settings.load_best_at_end and best != self.progress.step:
+            state.load_checkpoint(state.folder_of(self.task.run, best), self.task.model, self.optimizer)
+            self.task.reporter.note(
+                f"restored step {best}: its evaluation loss {self.progress.best_loss:.4f} is the lowest"
+            )
+
+
+def _is_due(step: int, every: int | None, epoch_ends: bool, *, at_end: bool) -> bool:
+    """Returns whether something that happens every so many steps, or at each epoch's end, happens now."""
+    return at_end or (epoch_ends if every is None else step % every == 0)

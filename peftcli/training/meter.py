@@ -1,0 +1,69 @@
+"""What a run's metrics are averaged and measured with."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+
+import torch
+
+
+class Meter:
+    """Averages and speeds over the optimizer steps since the last log."""
+
+    def __init__(self, steps_per_log: int) -> None:
+        self._steps_per_log = steps_per_log
+        self.latest: dict[str, float | int] = {}
+        self._clear()
+
+    def _clear(self) -> None:
+        self._loss = 0.0
+        self._supervised = 0
+        self._steps = 0
+        self._norms = 0.0
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leaves out of the speed what came before and was not training, such as an evaluation."""
+        self._tokens = 0
+        self._since = time.monotonic()
+
+    def add(self, summed_loss: float, supervised: int, tokens: int, norm: float, learning_rate: float) -> None:
+        """Adds one step: its loss summed over the supervised tokens in nats, its counts, gradient norm and rate."""
+        self._loss += summed_loss
+        self._supervised += supervised
+        self._tokens += tokens
+        self._steps += 1
+        self._norms += norm
+        self.latest = {
+            "loss": summed_loss / supervised,
+            "learning_rate": learning_rate,
+            "grad_norm": norm,
+            "tokens_per_second": round(self._tokens / (time.monotonic() - self._since), 1),
+            "memory_gb": round(peak_memory_gb(), 3),
+        }
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it is time to log."""
+        return self._steps >= self._steps_per_log
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was added since the last log."""
+        return self._steps == 0
+
+    def flush(self) -> dict[str, float | int]:
+        """Returns the averages (the loss by token, the norm by step) and begins anew."""
+        averaged = {**self.latest, "loss": self._loss / self._supervised, "grad_norm": self._norms / self._steps}
+        self._clear()
+        return averaged
+
+
+def peak_memory_gb() -> float:
+    """Returns the most memory used so far in GB: on the accelerator where there is one, else by this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9

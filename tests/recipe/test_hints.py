@@ -1,0 +1,123 @@
+"""Hints on unknown keys: other tools' names, the wrong section, typos; and that the hints' own data is right."""
+
+import pytest
+
+from peftcli.recipe import hints, names
+from peftcli.recipe.fields import accepts_text, all_fields, default_of, fields_at, is_section
+from peftcli.recipe.values import dotted
+
+from .conftest import GOOD
+
+
+@pytest.mark.parametrize(
+    ("path", "hint"),
+    [
+        # Other tools' names.
+        ("model_name_or_path", "peftcli calls this model.name"),
+        ("base_model", "peftcli calls this model.name"),
+        ("model.torch_dtype", "peftcli calls this model.dtype"),
+        ("training.lr", "peftcli calls this training.learning_rate"),
+        ("training.num_epochs", "peftcli calls this training.num_train_epochs"),
+        ("micro_batch_size", "peftcli calls this training.per_device_train_batch_size"),
+        ("data.cutoff_len", "peftcli calls this data.max_length"),
+        ("sequence_len", "peftcli calls this data.max_length"),
+        ("data.dataset", "peftcli calls this data.train"),
+        ("method.lora_r", "peftcli calls this method.r"),
+        ("method.lora_alpha", "peftcli calls this method.alpha"),
+        ("lora_dropout", "peftcli calls this method.dropout"),
+        ("lora_target_linear", "peftcli calls this method.target_modules; write target_modules: all-linear"),
+        ("training.optimizer", "peftcli calls this training.optim"),
+        ("training.bf16", "peftcli calls this training.mixed_precision; write mixed_precision: bf16"),
+        ("lora", "peftcli calls this method"),
+        ("output", "peftcli calls this output_dir"),
+        # What is not there.
+        ("load_in_4bit", "a quantised base is not in this version yet"),
+        ("quantization", "a quantised base is not in this version yet"),
+        ("data.packing", "packing is not in this version; data.padding_free already avoids the padding"),
+        ("model.trust_remote_code", "never accepted from a recipe: peftcli runs no code from a model repository"),
+        ("training.compile", "compiling the model is not in this version"),
+        ("deepspeed", "training on several devices is not in this version yet"),
+        ("distributed", "training on several devices is not in this version yet"),
+        ("wandb_project", "logging.report_to takes tensorboard"),
+        # The right key in the wrong section, read off the schema.
+        ("learning_rate", "learning_rate belongs in training"),
+        ("data.learning_rate", "learning_rate belongs in training"),
+        ("target_modules", "target_modules belongs in method"),
+        ("training.target_modules", "target_modules belongs in method"),
+        ("detach_norm", "detach_norm belongs in method"),
+        ("training.output_dir", "output_dir belongs at the top level"),
+        ("max_new_tokens", "max_new_tokens belongs in evaluation.generate"),
+        ("evaluation.max_new_tokens", "max_new_tokens belongs in evaluation.generate"),
+        ("name", "name belongs in model or data.train or data.eval"),
+        ("train", "train belongs in data"),
+        # Typos.
+        ("modle", 'did you mean "model"?'),
+        ("training.learning-rate", 'did you mean "learning_rate"?'),
+        ("training.Seed", 'did you mean "seed"?'),
+        ("training.learning_rat", 'did you mean "learning_rate"?'),
+        ("data.train.pth", 'did you mean "path"?'),
+        ("learning_rat", 'did you mean "training.learning_rate"?'),
+        ("data.target_module", 'did you mean "method.target_modules"?'),
+        # Nothing comes near.
+        ("logging.zzz", "logging takes report_to"),
+        ("zzz", "a recipe takes model, data, method, training, evaluation, logging, output_dir, extends"),
+        ("x" * 1000, None),
+    ],
+)
+def test_hints_on_unknown_keys(path, hint):
+    said = hints.for_unknown_key(tuple(path.split(".")))
+    assert (said or "").split(";")[0] == (hint or "").split(";")[0]
+    assert hint is None or said.startswith(hint)
+
+
+def test_no_hint_accepts_the_key(folder):
+    (problem,) = folder.problems("base_model: x\n" + GOOD)
+    assert problem.message == "base_model: unknown key"
+
+
+def test_the_targets_of_other_names_exist():
+    fields = {dotted(path) for path in all_fields()}
+    assert set(names.OTHER_NAMES) <= fields
+    assert set(names.OTHER_VALUES) <= {path[-1] for path in all_fields()}
+
+
+def test_each_other_name_has_one_meaning():
+    given = [
+        name for group in (names.OTHER_NAMES, names.UNAVAILABLE) for words in group.values() for name in words.split()
+    ]
+    assert sorted(given) == sorted(set(given))
+    assert set(names.REMARKS) <= set(given)
+    assert all(name == name.lower().replace("-", "_") for name in given)
+
+
+def test_no_other_name_is_a_key_of_ours():
+    own = {path[-1] for path in all_fields()}
+    given = {
+        name for group in (names.OTHER_NAMES, names.UNAVAILABLE) for words in group.values() for name in words.split()
+    }
+    assert not own & given
+
+
+def test_no_other_value_is_a_choice_of_ours():
+    for path in all_fields():
+        for value in names.OTHER_VALUES.get(path[-1], {}):
+            assert value != default_of(path)
+
+
+def test_the_schema_walk():
+    assert fields_at(("data", "train")) == ("path", "name", "split")
+    assert fields_at(("data", "eval", 3)) == ("path", "name", "split")
+    assert fields_at(("data", "columns")) == ()
+    assert fields_at(("nowhere", "at", "all")) == ()
+    assert "detach_norm" in fields_at(("method",))
+    assert ("evaluation", "generate", "top_p") in all_fields()
+    assert accepts_text(("model", "name"))
+    assert accepts_text(("model", "revision"))
+    assert accepts_text(("data", "columns", "anything"))
+    assert accepts_text(("data", "train"))
+    assert not accepts_text(("training", "seed"))
+    assert not accepts_text(("data", "format"))
+    assert not accepts_text(("method", "r"))
+    assert is_section(("evaluation", "generate"))
+    assert is_section(("method",))
+    assert not is_section(("data", "eval"))
