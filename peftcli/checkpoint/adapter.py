@@ -164,12 +164,12 @@ def _config_of(method: type[Method], fields: Mapping[str, Any], folder: Path) ->
             "layers": [layers] if isinstance(layers, int) else layers,
         }
         checked: Targets = config.model_validate({**config.model_dump(), **targets})
-        return checked
     except ValidationError as error:
         first = error.errors()[0]
         raise ModelError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
     except KeyError as error:
         raise ModelError(f"{path}: {error.args[0]} is missing") from error
+    return checked
 
 
 def _unsupported(method: type[Method], fields: Mapping[str, Any]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable
 from typing import Annotated, NoReturn
 
 import typer
@@ -20,10 +21,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (training.train, applying.evaluate, applying.merge, applying.generate, training.validate):
-    app.command(name="eval" if command is applying.evaluate else None)(command)
-for command in (training.preview, reference.methods, reference.recipes, reference.schema, reference.env):
-    app.command()(command)
+COMMANDS: dict[str, Callable[..., None]] = {
+    "train": training.train,
+    "eval": applying.evaluate,
+    "merge": applying.merge,
+    "generate": applying.generate,
+    "validate": training.validate,
+    "preview": training.preview,
+    "methods": reference.methods,
+    "recipes": reference.recipes,
+    "schema": reference.schema,
+    "env": reference.env,
+}
+for _name, _command in COMMANDS.items():
+    app.command(name=_name)(_command)
 
 
 def _print_version(value: bool) -> None:

@@ -1,0 +1,56 @@
+# What a person types. `make demo` and `make test` work on a fresh clone with Python 3.11+ and pip, nothing else.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+MODEL  := $(HOME)/.cache/peftcli/SmolLM2-135M-Instruct
+STAMP  := $(VENV)/.installed
+
+.PHONY: help install demo model test check format lint types schema bench clean
+.DEFAULT_GOAL := help
+
+help:  ## Say what can be made.
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP)  ## Make .venv with everything that demo, test and check need.
+
+$(STAMP): pyproject.toml configs/constraints.txt
+	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (a few minutes the first time)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c configs/constraints.txt "torch==2.13.0"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c configs/constraints.txt -e ".[dev]"
+	@touch $@
+
+model: $(STAMP)  ## Fetch and convert the demo model, once.
+	@$(BIN)/python scripts/demo_model.py --out $(MODEL) > /dev/null
+
+demo: model  ## Train, evaluate, merge and answer with a real model, in a few minutes on a CPU.
+	$(BIN)/peftcli train recipes/quickstart.yaml --overwrite
+	$(BIN)/peftcli merge runs/quickstart
+	$(BIN)/peftcli eval runs/quickstart
+	$(BIN)/peftcli generate runs/quickstart --base --prompt-file recipes/data/demo_prompts.txt
+
+test: $(STAMP)  ## Run the tests.
+	@$(BIN)/python -m pytest
+
+format: $(STAMP)  ## Format the code.
+	@$(BIN)/ruff format peftcli scripts tests
+	@$(BIN)/ruff check --fix --quiet peftcli scripts tests
+
+lint: $(STAMP)
+	@$(BIN)/ruff format --check --quiet peftcli scripts tests || { echo "not formatted: make format"; exit 1; }
+	@$(BIN)/ruff check peftcli scripts tests
+
+types: $(STAMP)
+	@$(BIN)/mypy
+
+check: lint types test  ## Format, lint, types and tests: what CI runs.
+
+schema: $(STAMP)  ## Write peftcli/recipe/schema.json anew from the code.
+	@$(BIN)/python scripts/write_schema.py
+
+bench: $(STAMP)  ## Measure against PEFT and the frozen model, side by side in one run.
+	@$(BIN)/python scripts/bench.py
+
+clean:  ## Remove the environment and what the tools left; the model's cache stays.
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

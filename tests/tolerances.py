@@ -1,0 +1,12 @@
+"""How far two results may be apart, by dtype and by what lies between them. Every test's tolerance is named here."""
+
+import torch
+
+EXACT = {torch.float64: 1e-12, torch.float32: 1e-5}
+"""Two ways to compute the same value, relative to the largest: a closed form, a merge, another implementation."""
+
+HALF = {torch.bfloat16: 2e-2, torch.float16: 4e-3}
+"""The same where one of them rounds to half precision: a few units of the last place."""
+
+LOSS_CURVE = 1e-3
+"""Losses of two training loops, step by step: rounding grows through the optimizer's normalisation."""
