@@ -28,7 +28,7 @@ demo: model  ## Train, evaluate, merge and answer with a real model, in a few mi
 	$(BIN)/peftcli train recipes/quickstart.yaml --overwrite
 	$(BIN)/peftcli merge runs/quickstart
 	$(BIN)/peftcli eval runs/quickstart
-	$(BIN)/peftcli generate runs/quickstart --base --prompt-file recipes/data/demo_prompts.txt
+	$(BIN)/peftcli generate runs/quickstart --base --max-new-tokens 24 --prompt-file recipes/data/demo_prompts.txt
 
 test: $(STAMP)  ## Run the tests.
 	@$(BIN)/python -m pytest

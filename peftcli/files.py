@@ -172,6 +172,14 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
+def remove_if_unused(folder: Path) -> None:
+    """Removes a folder that holds nothing but the lock: a run that failed before its first file leaves no trace."""
+    if [path.name for path in folder.iterdir()] == [LOCK_FILE]:
+        with contextlib.suppress(OSError):
+            (folder / LOCK_FILE).unlink()
+            folder.rmdir()
+
+
 def clear_run(folder: Path, owned: Iterable[str]) -> None:
     """Removes what a run wrote before, by glob patterns; a file that no run writes stays."""
     with explained(folder):

@@ -9,7 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub client: no
 import pytest
 import torch
 
-WORDS = "the a of and to in is that it was cat dog tree house river stone runs sleeps eats sees big small red old"
+WORDS = "the a of and to in is that it was cat dog tree house river stone runs sleeps eats sees big small red old new"
 
 
 @pytest.fixture(autouse=True)
@@ -155,3 +155,64 @@ def recipe_file(tmp_path, monkeypatch, model_folder, rows):
         return tmp_path / name
 
     return write
+
+
+class Recorder:
+    """A reporter that keeps all it is told; `on_step`, where given, is called with each step's number."""
+
+    def __init__(self, on_step=None):
+        self.notes, self.losses, self.logged, self.on_step = [], {}, [], on_step
+
+    def stage(self, text):
+        pass
+
+    def note(self, text):
+        self.notes.append(text)
+
+    def begin(self, total_steps, first_step):
+        self.total_steps, self.first_step = total_steps, first_step
+
+    def step(self, step, metrics):
+        self.losses[step] = metrics["loss"]
+        if self.on_step is not None:
+            self.on_step(step)
+
+    def log(self, step, metrics):
+        self.logged.append((step, dict(metrics)))
+
+    def advance(self, done, total):
+        pass
+
+    def end(self):
+        pass
+
+
+@pytest.fixture
+def train():
+    """Trains in this process: `train(recipe, "method.r=8", reporter=..., resume=True)`; returns the manifest."""
+
+    def run(path, *overrides, reporter=None, **options):
+        from peftcli import recipe
+        from peftcli.run.training import TrainOptions
+        from peftcli.run.training import train as run_train
+
+        loaded = recipe.load(path, overrides)
+        return run_train(loaded, TrainOptions(**options), reporter or Recorder(), lambda segments: None)
+
+    return run
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """Runs the command line in this process: `cli("eval", "run")` returns (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        from peftcli.cli.main import main
+
+        monkeypatch.setattr("sys.argv", ["peftcli", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code, *capsys.readouterr()
+
+    return run

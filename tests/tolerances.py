@@ -10,3 +10,12 @@ HALF = {torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 LOSS_CURVE = 1e-3
 """Losses of two training loops, step by step: rounding grows through the optimizer's normalisation."""
+
+CANCELLED = {torch.float64: 1e-11, torch.float32: 1e-3}
+"""A row norm that cancellation has cost digits, just before the direct form takes over, relative to itself."""
+
+STANDARD_ERRORS = 5
+"""How many of its standard errors a sampled mean may be from what it estimates."""
+
+LOSS = 1e-6
+"""A float32 loss, its logits and gradients, from the same model's rows taken in two ways; relative to the largest."""

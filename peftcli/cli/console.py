@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from peftcli.data.preview import Segment
     from peftcli.errors import PeftcliError
 
-stderr = Console(stderr=True, highlight=False, soft_wrap=True)
-stdout = Console(highlight=False, soft_wrap=True)
+stderr = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+stdout = Console(highlight=False, soft_wrap=True, emoji=False)
 
 
 def print_error(error: PeftcliError) -> None:

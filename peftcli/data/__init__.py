@@ -17,7 +17,16 @@ if TYPE_CHECKING:
     from peftcli.data.rows import Rows
     from peftcli.recipe.schema import DataSection
 
-__all__ = ["EncodedDataset", "EncodingReport", "PreparedData", "Sample", "format_prompt", "prepare"]
+__all__ = ["EncodedDataset", "EncodingReport", "PreparedData", "RawData", "Sample", "format_prompt", "prepare", "read"]
+
+
+@dataclass(frozen=True)
+class RawData:
+    """The rows of a run as they were read, and the format that they have."""
+
+    train: Rows
+    eval: Rows | None
+    format: str
 
 
 @dataclass(frozen=True)
@@ -31,8 +40,42 @@ class PreparedData:
     format: str
 
 
+def read(data: DataSection, seed: int) -> RawData:
+    """Returns the rows that the data section names, for training and for evaluation, and their format.
+
+    Needs no tokenizer, so that a wrong file or column is found before anything of the model is read.
+
+    Args:
+        data: The recipe's data section.
+        seed: Decides the held-out rows.
+
+    Raises:
+        DataError: See `sources.read_rows` and `formats.resolve_format`.
+    """
+    from peftcli.data.formats import resolve_format
+    from peftcli.data.sampling import split
+    from peftcli.data.sources import read_rows
+
+    train, held_out = read_rows(data.train, "data.train"), None
+    if data.eval is not None:
+        held_out = read_rows(data.eval, "data.eval")
+    elif data.eval_fraction is not None:
+        chosen, left = split(len(train), data.eval_fraction, seed)
+        train, held_out = train.select(chosen), train.select(left)
+    form = resolve_format(train, data.format, data.columns)
+    if held_out is not None:
+        resolve_format(held_out, form, data.columns)
+    return RawData(train, held_out, form)
+
+
 def prepare(
-    data: DataSection, tokenizer: PreTrainedTokenizerBase, *, vocab_size: int, max_positions: int | None, seed: int
+    data: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    vocab_size: int,
+    max_positions: int | None,
+    seed: int,
+    raw: RawData | None = None,
 ) -> PreparedData:
     """Returns everything that the data section names, encoded.
 
@@ -42,42 +85,25 @@ def prepare(
         vocab_size: Rows of the model's embedding.
         max_positions: The most tokens that the model can tell apart by position; None if it has no such limit.
         seed: Decides the held-out rows.
+        raw: What `read` returned for the same section and seed, if it was read before.
 
     Raises:
-        DataError: See `sources.read_rows`, `formats.resolve_format` and `encoding.encode`.
+        DataError: See `read` and `encoding.encode`.
         RecipeError: `data.max_length` is more than the model can take.
     """
     from peftcli.data.encoding import encode
-    from peftcli.data.formats import resolve_format
 
     if max_positions is not None and data.max_length > max_positions:
         raise RecipeError(
             f"data.max_length: {data.max_length:,} tokens are more than the model's {max_positions:,} positions",
             hint=f"set data.max_length to {max_positions} or less",
         )
-    train_rows, eval_rows = _rows(data, seed)
-    form = resolve_format(train_rows, data.format, data.columns)
-    if eval_rows is not None:
-        resolve_format(eval_rows, form, data.columns)
-    train, train_report = encode(train_rows, form, data, tokenizer, vocab_size)
-    held_out, eval_report = (
-        encode(eval_rows, form, data, tokenizer, vocab_size) if eval_rows is not None else (None, None)
-    )
-    return PreparedData(train, held_out, train_report, eval_report, form)
-
-
-def _rows(data: DataSection, seed: int) -> tuple[Rows, Rows | None]:
-    """Returns the rows for training and for evaluation: from files of their own, or held out."""
-    from peftcli.data.sampling import split
-    from peftcli.data.sources import read_rows
-
-    rows = read_rows(data.train, "data.train")
-    if data.eval is not None:
-        return rows, read_rows(data.eval, "data.eval")
-    if data.eval_fraction is None:
-        return rows, None
-    train, held_out = split(len(rows), data.eval_fraction, seed)
-    return rows.select(train), rows.select(held_out)
+    rows = raw or read(data, seed)
+    train, train_report = encode(rows.train, rows.format, data, tokenizer, vocab_size)
+    if rows.eval is None:
+        return PreparedData(train, None, train_report, None, rows.format)
+    held_out, eval_report = encode(rows.eval, rows.format, data, tokenizer, vocab_size)
+    return PreparedData(train, held_out, train_report, eval_report, rows.format)
 
 
 def format_prompt(text: str, form: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -67,7 +67,8 @@ class DoRA(Method):
     def norms(self, base: Base) -> Tensor:
         """Returns `n` [O], the row norms of `V`, in float32 or wider."""
         A, B, scale = self.lora.factors()
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_norm):
+        tracked = torch.is_grad_enabled() and not self.detach_norm
+        with torch.set_grad_enabled(tracked), torch.autocast(A.device.type, enabled=False):
             n, lost = decomposition.factored_row_norms(self.c, base.project(A), A, B, scale)
             # Compiled code cannot branch on data; there the factored value, clamped at zero, stands.
             if not torch.compiler.is_compiling() and bool(lost.any()):

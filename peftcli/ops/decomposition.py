@@ -31,7 +31,9 @@ def factored_row_norms(c: Tensor, WA: Tensor, A: Tensor, B: Tensor, scale: float
     quadratic = scale**2 * torch.linalg.vecdot(B @ (A @ A.T), B)
     squared = c + 2 * scale * torch.linalg.vecdot(WA, B) + quadratic
     lost = squared < CANCELLATION_LIMIT * (c + quadratic)
-    return squared.clamp_min(0).sqrt(), lost
+    squared = squared.clamp_min(0)
+    zero = squared == 0  # where the square root has no slope: left in, 0 · ∞ would make every gradient NaN
+    return squared.masked_fill(zero, 1).sqrt().masked_fill(zero, 0), lost
 
 
 def direct_row_norms(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:

@@ -18,7 +18,7 @@ from peftcli.recipe import LoadedRecipe, Recipe
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from peftcli.data import PreparedData
+    from peftcli.data import PreparedData, RawData
     from peftcli.methods._protocol import Method, Site, Targets
     from peftcli.models import ModelSource
 
@@ -67,14 +67,20 @@ def check_method(loaded: LoadedRecipe) -> tuple[type[Method], Targets]:
         raise RecipeError.of(recipe.problems_from_pydantic(error, ("method",), loaded.locate)) from error
 
 
-def prepare_data(loaded: Recipe, base: Base) -> PreparedData:
-    """Returns the recipe's data, encoded for its model."""
+def read_data(wanted: Recipe) -> RawData:
+    """Returns the recipe's rows, not yet encoded: its files' mistakes show before the model is touched."""
+    return data.read(wanted.data, wanted.training.seed)
+
+
+def encode_data(wanted: Recipe, raw: RawData, base: Base) -> PreparedData:
+    """Returns the recipe's rows, encoded for its model."""
     return data.prepare(
-        loaded.data,
+        wanted.data,
         base.tokenizer,
         vocab_size=models.vocabulary_size(base.config),
         max_positions=models.max_positions(base.config),
-        seed=loaded.training.seed,
+        seed=wanted.training.seed,
+        raw=raw,
     )
 
 

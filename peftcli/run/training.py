@@ -19,7 +19,16 @@ from peftcli.errors import HostError, ModelError, RecipeError
 from peftcli.recipe import LoadedRecipe, Recipe
 from peftcli.reporting import Reporter
 from peftcli.run import RECIPE_FILE
-from peftcli.run.opening import Base, check_method, find_sites, load_weights, make_batcher, open_base, prepare_data
+from peftcli.run.opening import (
+    Base,
+    check_method,
+    encode_data,
+    find_sites,
+    load_weights,
+    make_batcher,
+    open_base,
+    read_data,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -80,10 +89,11 @@ def train(
     folder = Path(loaded.recipe.output_dir or "runs")
     with open_folder(folder, options):
         resumed = _resume_from(loaded.recipe, folder, reporter) if options.resume else None
-        reporter.stage("reading the model's configuration and the data")
+        reporter.stage("reading the data and the model's configuration")
+        raw = read_data(loaded.recipe)
         base = open_base(loaded.recipe.model)
         find_sites(loaded, base, method, config)
-        prepared = prepare_data(loaded.recipe, base)
+        prepared = encode_data(loaded.recipe, raw, base)
         _note_data(prepared, reporter)
         show(render_sample(prepared.train[0], base.tokenizer))
         reporter.stage("loading the base model")
@@ -129,9 +139,12 @@ def open_folder(folder: Path, options: TrainOptions) -> Iterator[None]:
         )
     files.check_writable(folder)
     with files.locked(folder):
-        if taken and options.overwrite and not options.resume:
-            files.clear_run(folder, owned=manifest.RUN_FILES)
-        yield
+        try:
+            if taken and options.overwrite and not options.resume:
+                files.clear_run(folder, owned=manifest.RUN_FILES)
+            yield
+        finally:
+            files.remove_if_unused(folder)
 
 
 def _resume_from(wanted: Recipe, folder: Path, reporter: Reporter) -> Path | None:
@@ -211,12 +224,19 @@ def _run_loop(job: Job, precision: str, resumed: Path | None, reporter: Reporter
 
     accelerator = Accelerator(mixed_precision=precision, cpu=job.model.device.type == "cpu")
     if job.recipe.training.gradient_checkpointing:
-        job.model.gradient_checkpointing_enable({"use_reentrant": False})
+        _checkpoint_activations(job.model)
     first_step = int(resumed.name.rpartition("-")[2]) if resumed is not None else 0
     trainer = Trainer(_task(job, accelerator, first_step, reporter), accelerator)
     if resumed is not None:
         trainer.resume(resumed)
     return trainer.run()
+
+
+def _checkpoint_activations(model: PreTrainedModel) -> None:
+    if not model.supports_gradient_checkpointing:
+        raise ModelError(f"training.gradient_checkpointing: {model.config.model_type} models cannot do it")
+    # The reentrant form drops the gradients of adapters behind a frozen embedding.
+    model.activation_checkpointing_enable({"use_reentrant": False})
 
 
 def _task(job: Job, accelerator: Accelerator, first_step: int, reporter: Reporter) -> Task:

@@ -1,0 +1,80 @@
+import pytest
+import torch
+
+from peftcli.ops.low_rank import add_low_rank, add_low_rank_reference, low_rank, merged_low_rank
+from tests.methods.building import assert_close
+from tests.tolerances import EXACT, HALF
+
+I, O, R, S = 6, 10, 3, 1.7  # noqa: E741
+
+
+def factors(dtype=torch.float64):
+    return torch.randn(R, I, dtype=dtype), torch.randn(O, R, dtype=dtype)
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (2, 4), (0,), (2, 1, 4)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_add_low_rank_equals_its_reference(shape, dtype):
+    A, B = factors(dtype)
+    x, y = torch.randn(*shape, I, dtype=dtype), torch.randn(*shape, O, dtype=dtype)
+    expected = add_low_rank_reference(y.clone(), x, A, B, S)
+    found = add_low_rank(y, x, A, B, S)
+    assert found.shape == expected.shape
+    assert found.data_ptr() == y.data_ptr(), "a copy of y was made"
+    if shape != (0,):
+        assert_close(found, expected, EXACT[dtype])
+
+
+def test_y_that_cannot_be_written_into_gives_the_same():
+    A, B = factors()
+    x, y = torch.randn(2, 4, I, dtype=torch.float64), torch.randn(O, 4, 2, dtype=torch.float64).permute(2, 1, 0)
+    assert not y.is_contiguous()
+    kept = y.clone()
+    assert_close(add_low_rank(y, x, A, B, S), add_low_rank_reference(kept, x, A, B, S), EXACT[torch.float64])
+    assert torch.equal(y, kept)
+
+
+def test_an_input_whose_rows_lie_apart():
+    A, B = factors()
+    x = torch.randn(I, 4, 2, dtype=torch.float64).permute(2, 1, 0)
+    y = torch.randn(2, 4, O, dtype=torch.float64)
+    expected = add_low_rank_reference(y.clone(), x, A, B, S)
+    assert_close(add_low_rank(y, x, A, B, S), expected, EXACT[torch.float64])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_keeps_its_dtype_and_computes_the_update_in_the_factors(dtype):
+    A, B = factors(torch.float32)
+    x, y = torch.randn(5, I).to(dtype), torch.zeros(5, O, dtype=dtype)
+    found = add_low_rank(y, x, A, B, S)
+    assert found.dtype == dtype
+    assert torch.equal(found, low_rank(x, A, B, S).to(dtype))  # only the last rounding is y's
+    assert_close(found.float(), add_low_rank_reference(y.float(), x.float(), A, B, S), HALF[dtype])
+
+
+def test_low_rank_is_the_update_alone():
+    A, B = factors()
+    x = torch.randn(5, I, dtype=torch.float64)
+    zero = torch.zeros(5, O, dtype=torch.float64)
+    assert_close(low_rank(x, A, B, S), add_low_rank_reference(zero, x, A, B, S), EXACT[torch.float64])
+
+
+def test_gradients():
+    A, B = (factor.requires_grad_() for factor in factors())
+    W = torch.randn(O, I, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 4, I, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *t: add_low_rank(t[0] @ t[3].T, t[0], t[1], t[2], S), (x, A, B, W))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_merging_rounds_once(dtype):
+    A, B = factors(torch.float64 if dtype == torch.float64 else torch.float32)
+    W = torch.randn(O, I).to(dtype)
+    kept = W.clone()
+    merged = merged_low_rank(W, A, B, S)
+    assert merged.dtype == dtype
+    assert torch.equal(W, kept), "the base weight was written into"
+    if dtype in EXACT:
+        assert_close(merged, W + S * B @ A, EXACT[dtype])
+    else:
+        assert torch.equal(merged, merged_low_rank(W.float(), A, B, S).to(dtype))
