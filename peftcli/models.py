@@ -7,15 +7,13 @@ and a checkpoint that lacks a weight is an error: transformers would start that 
 from __future__ import annotations
 
 import logging
-import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
+from peftcli import hub
 from peftcli.errors import HostError, ModelError, RecipeError
 
 if TYPE_CHECKING:
@@ -23,8 +21,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from peftcli.recipe import ModelSection
-
-HUB_PROBE_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
@@ -69,7 +65,7 @@ def locate(section: ModelSection) -> ModelSource:
         )
     if section.revision is not None:
         options["revision"] = section.revision
-    if not _hub_reachable():
+    if not hub.reachable():
         options["local_files_only"] = True
     return ModelSource(section.name, False, options)
 
@@ -77,22 +73,6 @@ def locate(section: ModelSection) -> ModelSource:
 def _folder_listing(path: Path) -> str:
     names = sorted(entry.name for entry in path.iterdir())[:8]
     return f"it has {', '.join(names)}" if names else "the folder is empty"
-
-
-def _hub_reachable() -> bool:
-    """Returns whether the model hub answers; True where a proxy stands in between, which only the client can tell."""
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return True
-    url = urlsplit(constants.ENDPOINT)
-    try:
-        with socket.create_connection((url.hostname or "", url.port or 443), timeout=HUB_PROBE_SECONDS):
-            return True
-    except OSError:
-        return False
 
 
 @contextmanager

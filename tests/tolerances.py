@@ -19,3 +19,6 @@ STANDARD_ERRORS = 5
 
 LOSS = 1e-6
 """A float32 loss, its logits and gradients, from the same model's rows taken in two ways; relative to the largest."""
+
+SAME_STEPS = 1e-5
+"""Adapter tensors after a few AdamW steps of 1e-2 from gradients that differ by rounding, which its division grows."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from peftcli import hub
 from peftcli.data.readers import READERS, read_file
 from peftcli.data.rows import Row, Rows, concatenate, without_nulls
 from peftcli.errors import DataError, RecipeError
@@ -109,10 +110,7 @@ def _load(source: Source, section_key: str) -> Rows:
     folder = Path(source.path).expanduser()
     try:
         with _quiet():
-            if folder.is_dir():
-                dataset = _load_folder(str(folder), source)
-            else:
-                dataset = datasets.load_dataset(source.path, source.name, split=source.split)
+            dataset = _load_folder(str(folder), source) if folder.is_dir() else _load_from_hub(source)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         message = f"{section_key}: {str(error).strip() or type(error).__name__}"
         raise DataError(message, where=source.path, hint=_load_hint(source.path)) from error
@@ -126,6 +124,18 @@ def _load(source: Source, section_key: str) -> Rows:
         ]
 
     return Rows(name, tuple(dataset.column_names), len(dataset), take, lambda i: f"{name} row {i + 1}")
+
+
+def _load_from_hub(source: Source) -> Any:
+    """Returns a hub dataset; from the local cache, at once, where the hub cannot be reached."""
+    import datasets
+
+    offline = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = offline or not hub.reachable()
+    try:
+        return datasets.load_dataset(source.path, source.name, split=source.split)
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
 
 
 def _load_folder(folder: str, source: Source) -> Any:
