@@ -209,21 +209,26 @@ def graft(model: nn.Module, method: type[Method], config: Targets, seed: int) ->
     """
     sites = find_sites(model, config)
     check(method, config, sites)
+    modules = [model.get_submodule(site.name) for site in sites]
+    for site, module in zip(sites, modules, strict=True):
+        _refuse_ungraftable(site.name, module)
     model.requires_grad_(False)
-    for site in sites:
-        module = model.get_submodule(site.name)
-        if isinstance(module, Graft):
-            raise ModelError(f"{site.name} has an adapter already")
-        if "forward" in vars(module):
-            raise ModelError(
-                f"{site.name}: its forward was replaced on the instance, so an adapter would have no effect",
-                hint="load the model without device_map or other hooks before adapting it",
-            )
+    for site, module in zip(sites, modules, strict=True):
         adapter = method(config, site, seed)
         adapter.train(module.training)
         module.add_module(ADAPTER, adapter)
         _swap_in(module)
     return sites
+
+
+def _refuse_ungraftable(name: str, module: nn.Module) -> None:
+    if isinstance(module, Graft):
+        raise ModelError(f"{name} has an adapter already")
+    if "forward" in vars(module):
+        raise ModelError(
+            f"{name}: its forward was replaced on the instance, so an adapter would have no effect",
+            hint="load the model without device_map or other hooks before adapting it",
+        )
 
 
 def check(method: type[Method], config: Targets, sites: list[Site]) -> None:

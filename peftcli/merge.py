@@ -9,16 +9,17 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from peftcli import files, inject
-from peftcli.checkpoint.adapter import KEY_PREFIX, Adapter
+from peftcli.checkpoint.adapter import KEY_PREFIX, Adapter, require_fit
 from peftcli.errors import ModelError
 from peftcli.methods._protocol import Site
 
@@ -65,36 +66,53 @@ def merge_files(
         ModelError: The adapter does not fit, or an adapted weight is in none of the base's files.
     """
     weights = _shards(base)
-    _refuse_both_tied(skeleton, adapter)
-    keys = {_stored_key(site.name, skeleton, weights): site for site in inject.find_sites(skeleton, adapter.config)}
+    sites = require_fit(skeleton, adapter)
+    _refuse_both_tied(skeleton, sites)
+    keys = {_stored_key(site.name, skeleton, weights): site for site in sites}
     untied = _tied_copies(skeleton, keys, weights)
+    written: dict[str, str] = {}
+    total_size = 0
     for shard in sorted(set(weights.values())):
         tensors: dict[str, Tensor] = {}
         for key, tensor in _read(base / shard):
             merged = _merged(tensor, keys[key], adapter) if key in keys else tensor
             for name, is_merged in untied.get(key, {key: True}).items():
-                kept = merged if is_merged else tensor
-                tensors[name] = kept.to(dtype) if dtype is not None and kept.is_floating_point() else kept
+                tensors[name] = _stored(merged if is_merged else tensor, dtype or tensor.dtype, name)
         files.write_safetensors(target / shard, tensors, {"format": "pt"})
+        written |= dict.fromkeys(tensors, shard)
+        total_size += sum(tensor.nbytes for tensor in tensors.values())
     _copy_rest(base, target, dtype, untie=bool(untied))
+    if set(written.values()) != {SINGLE_FILE}:
+        files.write_json(target / INDEX_FILE, {"metadata": {"total_size": total_size}, "weight_map": written})
     return len(keys)
 
 
 def _shards(base: Path) -> dict[str, str]:
-    """Returns which file of the folder holds each tensor."""
-    if (base / INDEX_FILE).is_file():
-        index = json.loads((base / INDEX_FILE).read_text(encoding="utf-8"))
-        return dict(index["weight_map"])
-    if not (base / SINGLE_FILE).is_file():
+    """Returns which file of the folder holds each tensor; like transformers, one file goes before many."""
+    if (base / SINGLE_FILE).is_file():
+        with _opened(base / SINGLE_FILE) as file:
+            return dict.fromkeys(file.keys(), SINGLE_FILE)
+    if not (base / INDEX_FILE).is_file():
         raise ModelError(f"{base} has no {SINGLE_FILE} to merge into", hint="only safetensors are read")
-    with safe_open(base / SINGLE_FILE, "pt") as file:
-        return dict.fromkeys(file.keys(), SINGLE_FILE)
+    try:
+        return dict(json.loads((base / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{base / INDEX_FILE} cannot be read: {error}") from error
 
 
 def _read(path: Path) -> Iterator[tuple[str, Tensor]]:
-    with safe_open(path, "pt") as file:
+    with _opened(path) as file:
         for key in file.keys():  # noqa: SIM118 - not a mapping
             yield key, file.get_tensor(key)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} is missing or damaged: {error}", hint="get the base model's files again") from error
 
 
 def _stored_key(module: str, skeleton: PreTrainedModel, weights: Mapping[str, str]) -> str:
@@ -122,8 +140,8 @@ def _is_tied(skeleton: PreTrainedModel) -> bool:
     return bool(getattr(skeleton.config.get_text_config(), "tie_word_embeddings", False))
 
 
-def _refuse_both_tied(skeleton: PreTrainedModel, adapter: Adapter) -> None:
-    chosen = {site.name for site in inject.find_sites(skeleton, adapter.config)}
+def _refuse_both_tied(skeleton: PreTrainedModel, sites: list[Site]) -> None:
+    chosen = {site.name for site in sites}
     pair = (skeleton.get_input_embeddings(), inject.output_head(skeleton))
     tied = {name for name, module in skeleton.named_modules() if any(module is one for one in pair)}
     if _is_tied(skeleton) and len(tied) == 2 and tied <= chosen:
@@ -152,9 +170,10 @@ def _tied_copies(
 
 
 def _merged(tensor: Tensor, site: Site, adapter: Adapter) -> Tensor:
-    """Returns the merged weight, stored as `tensor` is."""
-    weight = tensor if site.kind == "linear" else tensor.t()
-    place = replace(site, device=torch.device("cpu"), dense=weight.float)
+    """Returns the merged weight in float32 or wider, laid out as `tensor` is."""
+    wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    weight = wide if site.kind == "linear" else wide.t()
+    place = replace(site, device=torch.device("cpu"), dense=lambda: weight)
     method = adapter.method(adapter.config, place, 0)
     prefix = f"{KEY_PREFIX}{site.name}."
     method.load_peft_tensors({name: adapter.tensors[prefix + name] for name in method.peft_tensors()})
@@ -162,13 +181,24 @@ def _merged(tensor: Tensor, site: Site, adapter: Adapter) -> Tensor:
         merged = method.merged(weight)
     if not bool(torch.isfinite(merged).all()):
         raise ModelError(f"{site.name}: the merged weight holds values that are not finite")
-    return (merged if site.kind == "linear" else merged.t()).contiguous()
+    return merged if site.kind == "linear" else merged.t()
+
+
+def _stored(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Returns `tensor` as it is written: floating-point numbers in `dtype`, rounded this once."""
+    if not tensor.is_floating_point():
+        return tensor
+    stored = tensor.to(dtype).contiguous()
+    if bool((torch.isfinite(tensor) & ~torch.isfinite(stored)).any()):
+        raise ModelError(f"{name} holds values that are too large for {str(dtype).removeprefix('torch.')}")
+    return stored
 
 
 def _copy_rest(base: Path, target: Path, dtype: torch.dtype | None, *, untie: bool) -> None:
     """Copies what belongs to the model beside its weights, and states in config.json what has changed."""
     for path in sorted(base.iterdir()):
-        if path.is_file() and path.suffix not in NOT_COPIED and not path.name.startswith("."):
+        skipped = path.suffix in NOT_COPIED or path.name == INDEX_FILE or path.name.startswith(".")
+        if path.is_file() and not skipped:
             shutil.copyfile(path, target / path.name)
     config: dict[str, Any] = json.loads((target / "config.json").read_text(encoding="utf-8"))
     if dtype is not None:

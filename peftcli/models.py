@@ -78,9 +78,11 @@ def _folder_listing(path: Path) -> str:
 @contextmanager
 def _explained(section: ModelSection, source: ModelSource, what: str) -> Iterator[None]:
     """Turns the loaders' many exceptions into one ModelError that names the model and the cause."""
+    from safetensors import SafetensorError
+
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         hint = None
         if not source.is_local:
@@ -151,7 +153,7 @@ def load_model(
     """Returns the base model with its weights, on `device`, frozen parts and all as transformers loads it.
 
     Raises:
-        ModelError: A file is missing or damaged, a weight is missing, or weights are left over.
+        ModelError: A file is missing or damaged, or a weight is missing or of another shape.
     """
     from transformers import AutoModelForCausalLM
 
@@ -161,17 +163,19 @@ def load_model(
 
         options["quantization_config"] = GgufConfig(dequantize=True)
     else:
-        options |= {"config": config, "use_safetensors": True}
+        # Weights of another shape are listed in the report instead of raised without their names.
+        options |= {"config": config, "use_safetensors": True, "ignore_mismatched_sizes": True}
     with _explained(section, source, "weights"), _quiet_loading():
         loaded: Any = AutoModelForCausalLM.from_pretrained(source.name, output_loading_info=True, **options)
     model, report = loaded
-    missing = sorted(report["missing_keys"])
-    if missing or report["mismatched_keys"]:
-        names = ", ".join(missing[:5] or [str(key) for key in list(report["mismatched_keys"])[:5]])
-        raise ModelError(
-            f"model.name: the checkpoint of {section.name} lacks weights that the model needs: {names}",
-            hint="without them the model would start from random numbers; check the folder or the model class",
-        )
+    misfits = {key: f"{key} {list(found)}, not {list(wanted)}" for key, found, wanted in report["mismatched_keys"]}
+    missing = [key for key in report["missing_keys"] if key not in misfits]
+    for names, what in ((missing, "lacks weights that the model needs"), (misfits.values(), "has weights that misfit")):
+        if names:
+            raise ModelError(
+                f"model.name: the checkpoint of {section.name} {what}: {', '.join(sorted(names)[:5])}",
+                hint="the model would start from random numbers there; do config.json and weights belong together?",
+            )
     placed: PreTrainedModel = model.to(device)
     return placed
 

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub client: no test may wait for a network
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: threads that share tensors this small mostly wait for each other
 
 import pytest
 import torch
@@ -12,14 +13,18 @@ import torch
 WORDS = "the a of and to in is that it was cat dog tree house river stone runs sleeps eats sees big small red old new"
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    """Accelerate keeps its state in a process-wide singleton; a test must not see its neighbour's."""
-    yield
+def reset_accelerate():
+    """Accelerate keeps its state in a process-wide singleton; a run must not see its predecessor's."""
     from accelerate.state import AcceleratorState, GradientState
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    yield
+    reset_accelerate()
 
 
 @pytest.fixture(autouse=True)
@@ -150,7 +155,9 @@ def recipe_file(tmp_path, monkeypatch, model_folder, rows):
             "output_dir": "run",
         }
         for section, fields in sections.items():
-            values[section] = {**values[section], **fields} if isinstance(fields, dict) and section in values else fields
+            values[section] = (
+                {**values[section], **fields} if isinstance(fields, dict) and section in values else fields
+            )
         (tmp_path / name).write_text(json.dumps(values, indent=1), encoding="utf-8")  # JSON is YAML
         return tmp_path / name
 
@@ -196,6 +203,7 @@ def train():
         from peftcli.run.training import TrainOptions
         from peftcli.run.training import train as run_train
 
+        reset_accelerate()
         loaded = recipe.load(path, overrides)
         return run_train(loaded, TrainOptions(**options), reporter or Recorder(), lambda segments: None)
 

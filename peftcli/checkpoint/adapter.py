@@ -161,7 +161,7 @@ def _config_of(method: type[Method], fields: Mapping[str, Any], folder: Path) ->
         targets = {
             "target_modules": fields["target_modules"],
             "exclude_modules": fields.get("exclude_modules"),
-            "layers": [layers] if isinstance(layers, int) else layers,
+            "layers": [layers] if isinstance(layers, int) else layers or None,  # to PEFT, no layers mean all
         }
         checked: Targets = config.model_validate({**config.model_dump(), **targets})
     except ValidationError as error:
@@ -169,6 +169,8 @@ def _config_of(method: type[Method], fields: Mapping[str, Any], folder: Path) ->
         raise ModelError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
     except KeyError as error:
         raise ModelError(f"{path}: {error.args[0]} is missing") from error
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read: {error}") from error
     return checked
 
 
@@ -207,14 +209,37 @@ def attach(model: nn.Module, adapter: Adapter) -> list[Site]:
     Raises:
         ModelError: The adapter does not fit the model, or its tensors do not fit its configuration.
     """
-    try:
-        sites = inject.graft(model, adapter.method, adapter.config, seed=0)
-    except PeftcliError as error:
-        listing = "; ".join(problem.message for problem in error.problems)
-        raise ModelError(f"{adapter.folder} does not fit this base model: {listing}") from error
+    sites = _graft(model, adapter)
     where = str(adapter.folder / WEIGHTS_FILE)
     load_tensors(model, _without_base_copies(model, adapter.tensors, where), where)
     return sites
+
+
+def require_fit(skeleton: nn.Module, adapter: Adapter) -> list[Site]:
+    """Returns the sites of `adapter` in `skeleton`, the base model on the meta device, once all its tensors fit.
+
+    Raises:
+        ModelError: As `attach`; but base weights in the adapter's file are not compared, as there are none here.
+    """
+    weights = dict(skeleton.named_parameters(remove_duplicate=False))
+    sites = _graft(skeleton, adapter)
+    own = {key: tensor for key, tensor in adapter.tensors.items() if _base_name(key) not in weights}
+    _require_same_shapes(adapter_tensors(skeleton), own, str(adapter.folder / WEIGHTS_FILE))
+    inject.ungraft(skeleton)
+    return sites
+
+
+def _graft(model: nn.Module, adapter: Adapter) -> list[Site]:
+    try:
+        return inject.graft(model, adapter.method, adapter.config, seed=0)
+    except PeftcliError as error:
+        listing = "; ".join(problem.message for problem in error.problems)
+        raise ModelError(f"{adapter.folder} does not fit this base model: {listing}") from error
+
+
+def _base_name(key: str) -> str:
+    """Returns the base parameter that a key on file is of, if it is of one."""
+    return key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".")
 
 
 def _without_base_copies(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
@@ -226,7 +251,7 @@ def _without_base_copies(model: nn.Module, tensors: Mapping[str, Tensor], where:
     weights = dict(model.named_parameters(remove_duplicate=False))
     kept = {}
     for key, tensor in tensors.items():
-        name = key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".")
+        name = _base_name(key)
         if name not in weights:
             kept[key] = tensor
         elif not torch.equal(tensor.to(weights[name]), weights[name]):
@@ -243,7 +268,14 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], where: str) ->
     Raises:
         ModelError: A tensor is missing, left over, of another shape or not finite; up to ten are named.
     """
-    expected = adapter_tensors(model)
+    _require_same_shapes(adapter_tensors(model), tensors, where)
+    for path, adapter in inject.adapters(model).items():
+        adapter.load_peft_tensors(
+            {suffix: tensors[f"{KEY_PREFIX}{path}.{suffix}"] for suffix in adapter.peft_tensors()}
+        )
+
+
+def _require_same_shapes(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str) -> None:
     wrong = [f"{key} is missing" for key in expected if key not in tensors]
     wrong += [f"{key} belongs to no adapted module" for key in tensors if key not in expected]
     for key in expected.keys() & tensors.keys():
@@ -253,10 +285,6 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], where: str) ->
         raise ModelError(
             f"{where}: {'; '.join(sorted(wrong)[:10])}{more}",
             hint="the file, its adapter_config.json and the base model must belong together",
-        )
-    for path, adapter in inject.adapters(model).items():
-        adapter.load_peft_tensors(
-            {suffix: tensors[f"{KEY_PREFIX}{path}.{suffix}"] for suffix in adapter.peft_tensors()}
         )
 
 

@@ -3,7 +3,7 @@
     checkpoint-500/
       adapter_model.safetensors  adapter_config.json    # an adapter like any other: PEFT loads it
       optimizer.safetensors                             # the optimizer's tensors, by parameter
-      state.json                                        # position, best evaluation, sha256 of every other file
+      state.json                                        # position, best evaluation, sha256 of all files and itself
 
 Data order, dropout and the learning rate are functions of the step, so none of them is stored. A folder becomes
 visible only when it is complete, and `state.json` makes every damaged byte visible.
@@ -11,6 +11,7 @@ visible only when it is complete, and `state.json` makes every damaged byte visi
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -29,6 +30,7 @@ from peftcli.methods._protocol import Targets
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
+OWN_DIGEST = "state_sha256"
 FORMAT = 1
 
 
@@ -43,6 +45,7 @@ class Progress:
         best_step: The step of that evaluation.
         evaluations_since_best: Evaluations since then without a lower loss.
         loss_scale: The gradient scaler's state, where fp16 has one.
+        data: The fingerprint of the training samples.
     """
 
     step: int = 0
@@ -51,6 +54,7 @@ class Progress:
     best_step: int = 0
     evaluations_since_best: int = 0
     loss_scale: dict[str, Any] | None = None
+    data: str = ""
 
 
 def folder_of(run: Path, step: int) -> Path:
@@ -73,7 +77,8 @@ def save_checkpoint(
         adapter_files.save_adapter(folder, model, config, base_model, revision)
         files.write_safetensors(folder / OPTIMIZER_FILE, optimizer_tensors(model, optimizer))
         digests = {file.name: files.sha256(file) for file in sorted(folder.iterdir())}
-        files.write_json(folder / STATE_FILE, {"format": FORMAT, "progress": asdict(progress), "sha256": digests})
+        state = {"format": FORMAT, "progress": asdict(progress), "sha256": digests}
+        files.write_json(folder / STATE_FILE, {**state, OWN_DIGEST: _digest(state)})
     return target
 
 
@@ -114,12 +119,19 @@ def _read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
+def _digest(state: dict[str, Any]) -> str:
+    """Returns the sha256 of what `state.json` says beside this digest."""
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
 def _damage(folder: Path) -> str | None:
     """Returns what is wrong with a checkpoint's files, or None where all are what was written."""
     try:
         state = _read_state(folder)
         if state["format"] != FORMAT:
             return f"its format is {state['format']}, this version reads {FORMAT}"
+        if state.pop(OWN_DIGEST) != _digest(state):
+            return f"{STATE_FILE} has changed since it was written"
         Progress(**state["progress"])
         for name, digest in state["sha256"].items():
             if files.sha256(folder / name) != digest:

@@ -1,1 +1,4 @@
-"""The command line: Typer commands and rendering only. Nothing here imports torch before a command needs it."""
+"""The command line: Typer commands and rendering only.
+
+Each command imports what it needs when it runs, so that `--help` is quick.
+"""

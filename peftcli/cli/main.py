@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Annotated, NoReturn
 
 import typer
+from rich.markup import escape
 
 from peftcli import __version__
 from peftcli.cli import applying, console, reference, training
@@ -62,13 +63,14 @@ def main() -> NoReturn:
             traceback.print_exc()
         console.print_error(error)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        console.stderr.print("interrupted")
-        sys.exit(EXIT_INTERRUPTED_TWICE)
+    except SystemExit as ended:
+        if ended.code == EXIT_INTERRUPTED_TWICE:  # Typer's end for Ctrl-C: here outside training, with nothing to save
+            console.stderr.print("interrupted")
+        raise
     except Exception:
         if "--debug" in sys.argv:
             traceback.print_exc()
-        console.stderr.print(f"[bold red]error:[/] this is a bug in peftcli: {_save_traceback()}")
+        console.stderr.print(f"[bold red]error:[/] this is a bug in peftcli: {escape(_save_traceback())}")
         console.stderr.print("\n[bold cyan]hint:[/] report it with that file, which holds the traceback")
         sys.exit(EXIT_BUG)
     sys.exit(0)

@@ -12,7 +12,6 @@ import peftcli
 from peftcli.cli import console
 from peftcli.cli.training import AsJson
 from peftcli.errors import RecipeError, did_you_mean
-from peftcli.recipe import json_schema, method_names
 
 
 def methods(
@@ -20,6 +19,8 @@ def methods(
     json: AsJson = False,
 ) -> None:
     """List the methods, or describe one: its equation, fields and defaults."""
+    from peftcli.recipe import method_names
+
     if name is None:
         lines = {method: _docstring(method).splitlines()[0] for method in method_names()}
         console.print_json(lines) if json else console.print_table(["method", ""], [list(row) for row in lines.items()])
@@ -45,6 +46,8 @@ def _docstring(method: str) -> str:
 
 def _method_fields(method: str) -> dict[str, Any]:
     """Returns the JSON schema's properties of a method's fields."""
+    from peftcli.recipe import json_schema
+
     for definition in json_schema()["$defs"].values():
         properties: dict[str, Any] = definition.get("properties", {})
         if properties.get("type", {}).get("const") == method:
@@ -93,6 +96,8 @@ def _title(path: Path) -> str:
 
 def schema(json: Annotated[bool, typer.Option("--json", hidden=True)] = True) -> None:
     """Print the JSON Schema of recipes, for an editor's completion and checks."""
+    from peftcli.recipe import json_schema
+
     console.print_json(json_schema())
 
 

@@ -9,7 +9,7 @@ import typer
 
 from peftcli.cli import console
 from peftcli.cli.progress import make_reporter
-from peftcli.recipe import load
+from peftcli.errors import RecipeError
 
 RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]
 Overrides = Annotated[
@@ -29,6 +29,10 @@ def train(
     json: AsJson = False,
 ) -> None:
     """Train an adapter as a recipe says."""
+    if resume and overwrite:
+        raise RecipeError("--resume and --overwrite exclude each other", hint="keep the one that is meant")
+    from peftcli.recipe import load
+
     loaded = load(recipe, overrides or [])
     from peftcli.run.training import TrainOptions
     from peftcli.run.training import train as run_train
@@ -57,6 +61,8 @@ def validate(
     json: AsJson = False,
 ) -> None:
     """Check a recipe, its data and its modules without loading weights."""
+    from peftcli.recipe import load
+
     loaded = load(recipe, overrides or [])
     found: dict[str, object] = {"recipe": str(recipe), "method": loaded.recipe.method["type"]}
     if not form_only:
@@ -77,6 +83,8 @@ def preview(
     json: AsJson = False,
 ) -> None:
     """Show samples as training will see them, with what is learned marked."""
+    from peftcli.recipe import load
+
     loaded = load(recipe, overrides or [])
     from peftcli.run.inspecting import preview as run_preview
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcli.data.batching import Batcher
+from peftcli.errors import NumericalError
 from peftcli.training import loss
 
 LARGEST_EXPONENT = 700.0
@@ -33,6 +34,9 @@ def evaluate(
         batch_size: Samples a batch.
         device: Where the model is.
         advance: Called with the samples done and in all.
+
+    Raises:
+        NumericalError: The loss is not finite.
     """
     model.eval()
     summed, correct, tokens, done = torch.zeros((), device=device), torch.zeros((), device=device), 0, 0
@@ -46,6 +50,10 @@ def evaluate(
         done = min(done + batch_size, len(batcher.dataset))
         advance(done, len(batcher.dataset))
     mean = float(summed) / tokens
+    if not math.isfinite(mean):
+        raise NumericalError(
+            f"the evaluation loss is {mean}", hint="the model's weights or their number format cannot hold its values"
+        )
     return {
         "eval_loss": mean,
         "eval_perplexity": math.exp(min(mean, LARGEST_EXPONENT)),

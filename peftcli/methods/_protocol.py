@@ -81,7 +81,7 @@ class Base(NamedTuple):
 class Targets(BaseModel):
     """Which modules a method adapts; the fields that every weight-space method shares."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     target_modules: str | list[str] = Field(
         "all-linear",

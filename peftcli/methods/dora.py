@@ -10,7 +10,7 @@ Trainable per site: r (I + O) + O.
 Merge: W' = diag(m ⊘ n) V. Not a sum: two DoRA adapters do not merge one after the other into what both learned.
 
 Deviates from the paper: its text norms the columns of a weight written the other way round; like the authors' code
-this norms each output's row. A row of W that is zero passes its update unscaled instead of NaN. Dropout acts on the
+this norms each output's row. Where a row of V is zero, m ⊘ n counts as 1 instead of NaN or ∞. Dropout acts on the
 low-rank branch only, which saves a second product with the base; `dropout_mode: paper` does as the authors' code.
 The norm is computed without a dense V, in float32, and treated as a constant in the backward pass (section 4.3).
 """

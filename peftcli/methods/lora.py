@@ -53,11 +53,15 @@ class LoRAConfig(Targets):
     )
 
     @model_validator(mode="after")
-    def _patterns_are_positive(self) -> LoRAConfig:
+    def _patterns_are_sound(self) -> LoRAConfig:
         for field in ("rank_pattern", "alpha_pattern"):
             for pattern, value in getattr(self, field).items():
                 if value <= 0:
                     raise ValueError(f"{field}: {pattern} must be greater than 0, got {value}")
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise ValueError(f"{field}: {pattern} is not a regular expression: {error}") from error
         if self.init == "orthogonal" and any(r % 2 for r in (self.r, *self.rank_pattern.values())):
             raise ValueError("init orthogonal splits r into two halves: r must be even")
         return self

@@ -70,7 +70,9 @@ def open_subject(run: Path | None, adapter: Path | None, model: str | None) -> S
     section = own.model if own is not None else recipe.ModelSection(name=model or _base_name(found))
     if model is not None:
         section = section.model_copy(update={"name": model, "revision": None, "gguf_file": None})
-    merged = run / MERGED_FOLDER if run is not None and (run / MERGED_FOLDER / "config.json").is_file() else None
+    merged = run / MERGED_FOLDER if run is not None and adapter is None and model is None else None
+    if merged is not None and not (merged / "config.json").is_file():
+        merged = None
     return Subject(open_base(section, tokenizer_from=folder), found, own, merged)
 
 
@@ -87,9 +89,11 @@ def evaluation_data(subject: Subject, path: Path | None) -> data.EncodedDataset:
         DataError: There are none.
     """
     section = subject.recipe.data if subject.recipe is not None else None
+    positions = models.max_positions(subject.base.config)
     if path is not None:
         sources = (recipe.Source(path=str(path)),)
-        kept = section.model_dump() if section is not None else {}
+        longest = recipe.DataSection.model_fields["max_length"].default
+        kept = section.model_dump() if section is not None else {"max_length": min(longest, positions or longest)}
         section = recipe.DataSection.model_validate({**kept, "train": sources, "eval": sources, "eval_fraction": None})
     if section is None or (section.eval is None and section.eval_fraction is None):
         raise DataError("there is nothing to evaluate on", hint="name a file: --data FILE")
@@ -97,7 +101,7 @@ def evaluation_data(subject: Subject, path: Path | None) -> data.EncodedDataset:
         section,
         subject.base.tokenizer,
         vocab_size=models.vocabulary_size(subject.base.config),
-        max_positions=models.max_positions(subject.base.config),
+        max_positions=positions,
         seed=subject.recipe.training.seed if subject.recipe is not None else 0,
     )
     assert prepared.eval is not None
@@ -178,8 +182,7 @@ def merge(
     """
     from peftcli import merge as merging
 
-    if target.exists() and any(target.iterdir()) and not overwrite:
-        raise HostError(f"{target} exists and is not empty", hint="replace it: --overwrite; or another: --output DIR")
+    _check_target(subject, target, overwrite=overwrite)
     cpu = torch.device("cpu")
     prompts = _proof_prompts(subject)
     wanted_dtype = getattr(torch, dtype) if dtype is not None else None
@@ -199,6 +202,17 @@ def merge(
         agreement = merging.compare(expected, merging.logits_of(merged, prompts, cpu))
         merging.require_agreement(agreement, wanted_dtype or merging.stored_dtype(new))
     return agreement, count
+
+
+def _check_target(subject: Subject, target: Path, *, overwrite: bool) -> None:
+    """Raises a HostError where a merged model cannot be put at `target`, or would replace what it is made from."""
+    if target.exists() and not target.is_dir():
+        raise HostError(f"{target} is a file", hint="choose a folder with --output DIR")
+    needed = [subject.adapter.folder, *([Path(subject.base.source.name)] if subject.base.source.is_local else [])]
+    if (target / RECIPE_FILE).is_file() or any(folder.resolve().is_relative_to(target.resolve()) for folder in needed):
+        raise HostError(f"{target} holds a run, the adapter or the base model", hint="choose another: --output DIR")
+    if target.exists() and any(target.iterdir()) and not overwrite:
+        raise HostError(f"{target} exists and is not empty", hint="replace it: --overwrite; or another: --output DIR")
 
 
 def _proof_prompts(subject: Subject) -> list[list[int]]:

@@ -102,6 +102,8 @@ def train(
         inject.graft(model, method, config, settings.seed)
         _note_sizes(model, precision, reporter)
         job = Job(loaded.recipe, folder, base, model, config, prepared, joins)
+        if options.overwrite and not options.resume:  # no sooner: a mistake must not cost the run that was there
+            files.clear_run(folder, owned=manifest.RUN_FILES)
         _write_start(job)
         return _write_end(job, _run_loop(job, precision, resumed, reporter))
 
@@ -140,8 +142,6 @@ def open_folder(folder: Path, options: TrainOptions) -> Iterator[None]:
     files.check_writable(folder)
     with files.locked(folder):
         try:
-            if taken and options.overwrite and not options.resume:
-                files.clear_run(folder, owned=manifest.RUN_FILES)
             yield
         finally:
             files.remove_if_unused(folder)
@@ -273,7 +273,7 @@ def _task(job: Job, accelerator: Accelerator, first_step: int, reporter: Reporte
         reporter=reporter,
         logs=[
             MetricsLog(job.folder, first_step),
-            *(TensorBoardLog(job.folder) for _ in job.recipe.logging.report_to),
+            *(TensorBoardLog(job.folder, first_step) for _ in job.recipe.logging.report_to),
         ],
     )
 

@@ -13,34 +13,50 @@ from peftcli.reporting import Metrics
 METRICS_FILE = "metrics.jsonl"
 
 
+def read(run: Path, last_step: int) -> list[tuple[int, Metrics]]:
+    """Returns what a run has logged up to step `last_step`, oldest first.
+
+    A line that was cut short, as a power failure may leave the last one, is not among it.
+    """
+    path, found = run / METRICS_FILE, []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            metrics = json.loads(line)
+        except ValueError:
+            continue
+        found.append((metrics.pop("step"), metrics))
+    return [(step, metrics) for step, metrics in found if step <= last_step]
+
+
 class MetricsLog:
     """metrics.jsonl: one JSON object a line, each with `step`. Lines after the step resumed from are dropped."""
 
     def __init__(self, run: Path, first_step: int) -> None:
         self._path = run / METRICS_FILE
-        kept = [line for line in self._lines() if json.loads(line)["step"] <= first_step] if first_step else []
-        files.write_text(self._path, "".join(line + "\n" for line in kept))
-
-    def _lines(self) -> list[str]:
-        return self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
+        kept = read(run, first_step) if first_step else []
+        files.write_text(self._path, "".join(_line(step, metrics) for step, metrics in kept))
 
     def write(self, step: int, metrics: Metrics) -> None:
         """Appends one line; a line of a few hundred bytes is written whole or not at all."""
         with files.explained(self._path), self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+            file.write(_line(step, metrics))
+
+
+def _line(step: int, metrics: Metrics) -> str:
+    return json.dumps({"step": step, **metrics}) + "\n"
 
 
 class TensorBoardLog:
-    """TensorBoard event files in the run's `tensorboard` folder."""
+    """TensorBoard event files in the run's `tensorboard` folder. What came after the step resumed from is hidden."""
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, first_step: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise HostError(
                 "logging.report_to: tensorboard is not installed", hint="pip install 'peftcli[tensorboard]'"
             ) from error
-        self._writer: Any = SummaryWriter(str(run / "tensorboard"))
+        self._writer: Any = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, step: int, metrics: Metrics) -> None:
         """Adds each metric as a scalar; evaluation metrics keep their prefix as a group."""

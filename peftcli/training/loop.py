@@ -20,8 +20,8 @@ from torch import Tensor
 
 from peftcli.checkpoint import state
 from peftcli.checkpoint.state import Progress
-from peftcli.errors import Interrupted, NumericalError
-from peftcli.training import checks, loss, optimizers, schedule
+from peftcli.errors import DataError, Interrupted, NumericalError
+from peftcli.training import checks, logs, loss, optimizers, schedule
 from peftcli.training.meter import Meter
 from peftcli.training.signals import StopRequest
 
@@ -96,18 +96,33 @@ class Trainer:
         self.parameters = optimizers.trainable_parameters(task.model)
         checks.something_trains(self.parameters)
         self.optimizer = optimizers.make_optimizer(task.model, task.settings, task.learning_rate)
-        self.progress = Progress()
+        self.progress = Progress(data=task.batcher.dataset.fingerprint)
         self.total = schedule.total_steps(task.settings, task.plan.steps_per_epoch)
         self.factor = schedule.learning_rate_schedule(task.settings, self.total)
-        self.meter = Meter(task.settings.logging_steps)
+        self.meter = Meter()
         self.last_log: Metrics = {}
         self.evaluations: dict[int, Metrics] = {}
         self.model: Any = None
         self.prepared: Any = None
 
     def resume(self, folder: Path) -> None:
-        """Continues from the checkpoint in `folder`; call it before `run`."""
-        self.progress = state.load_checkpoint(folder, self.task.model, self.optimizer)
+        """Continues from the checkpoint in `folder`, with what was logged up to it; call it before `run`.
+
+        Raises:
+            DataError: The training samples are not those of the run.
+        """
+        found = state.load_checkpoint(folder, self.task.model, self.optimizer)
+        if found.data != self.progress.data:
+            raise DataError(
+                f"data.train: it has changed since {self.task.run} was started with it",
+                hint="put the old data back, or start a new run with output_dir=DIR",
+            )
+        self.progress = found
+        for step, metrics in logs.read(self.task.run, self.progress.step):
+            if "eval_loss" in metrics:
+                self.evaluations[step] = metrics
+            else:
+                self.last_log = metrics
 
     def run(self) -> Result:
         """Trains to the end.
@@ -208,7 +223,7 @@ class Trainer:
         task.reporter.step(step, self.meter.latest)
         at_end = step == self.total
         epoch_ends = step % task.plan.steps_per_epoch == 0 or at_end
-        if self.meter.is_full or (at_end and not self.meter.is_empty):
+        if at_end or step % task.settings.logging_steps == 0:
             self.last_log = {"epoch": round(step / task.plan.steps_per_epoch, 4), **self.meter.flush()}
             self._log(self.last_log)
         improved = False

@@ -12,8 +12,7 @@ import torch
 class Meter:
     """Averages and speeds over the optimizer steps since the last log."""
 
-    def __init__(self, steps_per_log: int) -> None:
-        self._steps_per_log = steps_per_log
+    def __init__(self) -> None:
         self.latest: dict[str, float | int] = {}
         self._clear()
 
@@ -43,16 +42,6 @@ class Meter:
             "tokens_per_second": round(self._tokens / (time.monotonic() - self._since), 1),
             "memory_gb": round(peak_memory_gb(), 3),
         }
-
-    @property
-    def is_full(self) -> bool:
-        """Whether it is time to log."""
-        return self._steps >= self._steps_per_log
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing was added since the last log."""
-        return self._steps == 0
 
     def flush(self) -> dict[str, float | int]:
         """Returns the averages (the loss by token, the norm by step) and begins anew."""

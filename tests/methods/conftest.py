@@ -1,8 +1,8 @@
 import pytest
-import torch
+
+from tests.methods.building import token_ids
 
 
 @pytest.fixture
 def ids():
-    """Two rows of token ids without the padding's, which fit every tiny model."""
-    return torch.randint(2, 128, (2, 9))
+    return token_ids()

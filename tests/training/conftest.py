@@ -31,7 +31,13 @@ def make_trainer(make_model, tmp_path):
     """
 
     def make(
-        eval_losses=None, method="lora", lengths=(9, 3, 14, 6, 11, 5, 7, 4), joins=True, model=None, fields=None, **settings
+        eval_losses=None,
+        method="lora",
+        lengths=(9, 3, 14, 6, 11, 5, 7, 4),
+        joins=True,
+        model=None,
+        fields=None,
+        **settings,
     ):
         from accelerate import Accelerator
 

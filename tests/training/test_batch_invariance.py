@@ -42,22 +42,6 @@ def test_padding_free_equals_padded(make_trainer, tensors, method):
     assert_same(trained(make_trainer, tensors, method, 4, 2, joins=True), padded)
 
 
-def test_it_matters_that_the_whole_steps_tokens_are_counted(make_trainer, tensors, monkeypatch):
-    """The tolerance is tight enough to tell a mean of the micro-batches' means from the mean over the step's tokens."""
-    right = trained(make_trainer, tensors, "lora", 1, 8)
-
-    from peftcli.training.loop import Trainer
-
-    original = Trainer._backward
-
-    def by_micro_batch(self, batch, tokens, position, *, last):
-        return original(self, batch, batch.num_supervised * 8, position, last=last)
-
-    monkeypatch.setattr(Trainer, "_backward", by_micro_batch)
-    with pytest.raises(AssertionError):
-        assert_same(trained(make_trainer, tensors, "lora", 1, 8), right)
-
-
 def test_everything_that_was_compared_has_been_trained(make_trainer, tensors):
     trainer = make_trainer(max_steps=STEPS, lengths=LENGTHS, per_device_train_batch_size=8)
     before = tensors(trainer.task.model)

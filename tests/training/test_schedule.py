@@ -1,5 +1,7 @@
 """The learning rate, against transformers' schedulers."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from transformers import (
@@ -36,7 +38,7 @@ def test_a_share_of_the_steps_rounds_up_as_the_trainer_does(ratio, total, rises_
     factor = learning_rate_schedule(TrainingSection(warmup_ratio=ratio), total)
     factors = [factor(step) for step in range(total)]
     assert factors.index(1.0) == rises_for
-    assert all(early < late for early, late in zip(factors[:rises_for], factors[1 : rises_for + 1], strict=True))
+    assert all(early < late for early, late in pairwise(factors[: rises_for + 1]))
 
 
 def test_steps_given_go_before_the_share():

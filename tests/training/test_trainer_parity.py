@@ -10,7 +10,7 @@ from torch.utils.data import SequentialSampler
 from peftcli import inject, methods, models, recipe
 from peftcli.data.collation import IGNORED
 from peftcli.data.sampling import StepPlan
-from peftcli.run.opening import open_base, prepare_data
+from peftcli.run.opening import encode_data, open_base, read_data
 from tests.conftest import Recorder
 from tests.tolerances import LOSS_CURVE
 
@@ -26,9 +26,7 @@ def _rows_in_order(samples):
     plan = StepPlan(len(samples), BATCH, ACCUMULATION, SEED)
     order = [index for step in range(STEPS) for micro in plan.step(step) for index in micro]
     chosen = [samples[index] for index in order]
-    return [
-        {"input_ids": ids.tolist(), "labels": np.where(marks, ids, IGNORED).tolist()} for ids, marks in chosen
-    ]
+    return [{"input_ids": ids.tolist(), "labels": np.where(marks, ids, IGNORED).tolist()} for ids, marks in chosen]
 
 
 def _padded(rows):
@@ -137,7 +135,7 @@ def test_every_step_as_the_trainer_does_it(recipe_file, train, tmp_path, method,
 
     loaded = recipe.load(path)
     base = open_base(loaded.recipe.model)
-    rows = _rows_in_order(prepare_data(loaded.recipe, base).train)
+    rows = _rows_in_order(encode_data(loaded.recipe, read_data(loaded.recipe), base).train)
     theirs = _trainer_losses(_peft_model(base, loaded), rows, tmp_path / "theirs", weight_decay)
 
     assert len(ours) == len(theirs) == STEPS

@@ -1,0 +1,291 @@
+import pytest
+import torch
+
+from peftcli import inject
+from peftcli.ops import decomposition
+from peftcli.ops.dropout import dropout
+from tests.methods.building import (
+    KINDS,
+    Holder,
+    adapt,
+    adapted_holder,
+    assert_close,
+    base_of,
+    inputs,
+    randomise,
+    trainable,
+)
+from tests.tolerances import EXACT
+
+FP64 = EXACT[torch.float64]
+WITH_INPUTS = ("linear", "conv1d")
+
+
+def parts(holder):
+    """Returns A, B, s and m of the holder's adapter, and its V, n and W' by the paper's formula; all detached."""
+    dora = holder.target.adapter
+    A, B, s, m = dora.lora.A.detach(), dora.lora.B.detach(), dora.lora.scale, dora.m.detach()
+    V = holder.W + s * B @ A
+    n = torch.stack([row.dot(row).sqrt() for row in V])  # a row for each output, over the inputs
+    return A, B, s, m, V, n, torch.diag(m / n) @ V
+
+
+def gradient_of_weight(holder, x, g):
+    """Returns `∂L/∂W'` [O, I] for the gradient `g` of the output."""
+    W = torch.zeros_like(holder.W, requires_grad=True)
+    holder.plain(x, W).backward(g)
+    return W.grad
+
+
+# ---- the closed form ----
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("detach_norm", [True, False])
+def test_the_output_is_that_of_the_dense_weight(kind, detach_norm):
+    holder = adapted_holder("dora", kind, alpha=6.0, detach_norm=detach_norm)
+    A, B, s, m, _, _, merged = parts(holder)
+    assert (s, A.shape[0], B.shape[1], m.shape) == (1.5, 4, 4, (40,))
+    x = inputs(kind, torch.float64)
+    assert_close(holder(x), holder.plain(x, merged), FP64)
+    assert_close(holder.target.adapter.merged(holder.W), merged, FP64)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_magnitudes_start_as_the_rows_lengths(kind):
+    holder = adapted_holder("dora", kind, noisy=False)
+    assert_close(holder.target.adapter.m, (holder.W**2).sum(1).sqrt(), FP64)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("detach_norm", [True, False])
+def test_the_gradients_are_those_of_the_paper(kind, detach_norm):
+    holder = adapted_holder("dora", kind, alpha=6.0, detach_norm=detach_norm)
+    A, B, s, m, V, n, merged = parts(holder)
+    x = inputs(kind, torch.float64)
+    if kind != "embedding":
+        x.requires_grad_()
+    y = holder(x)
+    g = torch.randn_like(y)
+    y.backward(g)
+    G = gradient_of_weight(holder, x.detach(), g)
+    along = (G * V).sum(1) / n
+    dV = (m / n)[:, None] * (G if detach_norm else G - (along / n)[:, None] * V)
+    dora = holder.target.adapter
+    assert_close(dora.m.grad, along, FP64)
+    assert_close(dora.lora.B.grad, s * dV @ A.T, FP64)
+    assert_close(dora.lora.A.grad, s * B.T @ dV, FP64)
+    if kind != "embedding":
+        assert_close(x.grad, g @ merged, FP64)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradcheck_of_the_norm_that_is_not_detached(kind):
+    holder = adapted_holder("dora", kind, detach_norm=False)
+    x = inputs(kind, torch.float64, length=2)
+    tensors = tuple(trainable(holder).values())
+    assert len(tensors) == 3
+    assert torch.autograd.gradcheck(lambda *_: holder(x), tensors, fast_mode=True)
+
+
+def test_the_two_gradients_are_not_the_same():
+    one, other = (adapted_holder("dora", detach_norm=detached) for detached in (True, False))
+    other.load_state_dict(one.state_dict())
+    other.target.adapter.c = one.target.adapter.c
+    x = inputs("linear", torch.float64)
+    for holder in (one, other):
+        holder(x).square().sum().backward()
+    assert torch.allclose(one.target.adapter.m.grad, other.target.adapter.m.grad)
+    assert not torch.allclose(one.target.adapter.lora.B.grad, other.target.adapter.lora.B.grad)
+
+
+def test_the_bias_is_never_scaled():
+    holder = adapted_holder("dora")
+    x = torch.zeros(2, 24, dtype=torch.float64)
+    assert_close(holder(x), holder.b.expand(2, 40), FP64)
+
+
+# ---- properties ----
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_row_of_the_merged_weight_has_its_magnitude(kind):
+    holder = adapted_holder("dora", kind)
+    with torch.no_grad():
+        holder.target.adapter.m.copy_(torch.randn(40))
+    merged = holder.target.adapter.merged(holder.W)
+    assert_close(merged.norm(dim=1), holder.target.adapter.m.detach().abs(), FP64)
+
+
+def test_only_the_direction_of_v_counts():
+    holder = adapted_holder("dora")
+    dora = holder.target.adapter
+    expected = dora.merged(holder.W).detach()
+    with torch.no_grad():
+        dora.lora.B *= 3.7
+    assert_close(dora.merged(3.7 * holder.W), expected, FP64)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_magnitudes_equal_to_the_norms_it_is_lora(kind):
+    holder, lora = adapted_holder("dora", kind, noisy=False), Holder(kind, torch.float64)
+    lora.load_state_dict({key: value for key, value in holder.state_dict().items() if "adapter" not in key})
+    adapt(lora, "lora")
+    lora.target.adapter.double()
+    randomise(lora)
+    dora, x = holder.target.adapter, inputs(kind, torch.float64)
+    with torch.no_grad():
+        dora.lora.A.copy_(lora.target.adapter.A)
+        dora.lora.B.copy_(lora.target.adapter.B)
+        assert not torch.allclose(holder(x), lora(x))
+        dora.m.copy_(parts(holder)[5])
+        assert_close(holder(x), lora(x), FP64)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_the_factored_norms_are_the_direct_ones(kind, dtype):
+    holder = adapted_holder("dora", kind, dtype)
+    A, B, s = holder.target.adapter.lora.factors()
+    n = holder.target.adapter.norms(base_of(holder))
+    assert n.dtype == dtype
+    assert not n.requires_grad
+    assert_close(n, decomposition.direct_row_norms(holder.W, A, B, s).detach(), EXACT[dtype])
+
+
+def test_autocast_does_not_lower_the_norms_precision():
+    holder = adapted_holder("dora", "linear", torch.float32)
+    base, dora = base_of(holder), holder.target.adapter
+    expected = dora.norms(base)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = dora.norms(base)
+    assert torch.equal(found, expected)
+
+
+# ---- what cancels, and what is zero ----
+
+
+def cancelling(eps, kind="linear", dtype=torch.float32, **fields):
+    """Returns an adapted holder whose even rows' update is −(1 − eps) W, and what those rows are."""
+    holder = adapted_holder("dora", kind, dtype, r=4, **fields)
+    dora, even = holder.target.adapter, torch.arange(40) % 2 == 0
+    with torch.no_grad():
+        W = torch.where(even[:, None], -dora.lora.scale * dora.lora.B @ dora.lora.A, holder.W)
+        holder.target.weight.copy_(W if kind == "linear" else W.t())
+        dora.lora.B[even] *= 1 - eps
+        dora.c.copy_(decomposition.squared_row_norms(W))
+    return holder, even
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("eps", [1e-2, 1e-3, 1e-4, 1e-6])
+def test_rows_that_nearly_cancel_get_the_direct_norm(kind, eps):
+    holder, even = cancelling(eps, kind)
+    dora = holder.target.adapter
+    A, B, s = (t.detach() if torch.is_tensor(t) else t for t in dora.lora.factors())
+    n = dora.norms(base_of(holder))
+    assert torch.equal(n[even], decomposition.direct_row_norms(holder.W, A, B, s)[even])
+    factored, lost = decomposition.factored_row_norms(dora.c, base_of(holder).project(A), A, B, s)
+    assert torch.equal(lost, even)
+    assert torch.equal(n[~even], factored[~even])
+    assert not torch.equal(n[even], factored[even])
+    x = inputs(kind)
+    expected = holder.plain(x, dora.merged(holder.W).detach())
+    assert_close(holder(x)[..., ~even], expected[..., ~even], EXACT[torch.float32])
+
+
+def test_the_gradient_passes_through_the_direct_norm_too():
+    holder, _ = cancelling(1e-3, dtype=torch.float64, detach_norm=False)
+    dora, x = holder.target.adapter, inputs("linear", torch.float64)
+    holder(x).square().sum().backward()
+    found = [dora.lora.A.grad.clone(), dora.lora.B.grad.clone()]
+    A, B, s = dora.lora.factors()
+    V = holder.W + s * B @ A
+    y = holder.plain(x, (dora.m / torch.linalg.vector_norm(V, dim=1))[:, None] * V)
+    for one, other in zip(found, torch.autograd.grad(y.square().sum(), (A, B)), strict=True):
+        assert_close(one, other, EXACT[torch.float32])  # V itself has lost half its digits
+
+
+def test_rows_that_cancel_to_nothing_stay_finite():
+    holder, even = cancelling(0.0)
+    y = holder(inputs("linear"))
+    y.square().sum().backward()
+    assert torch.isfinite(y).all()
+    assert_close(y[..., even], holder.b[even].expand_as(y[..., even]), EXACT[torch.float32])
+    assert all(torch.isfinite(parameter.grad).all() for parameter in trainable(holder).values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("detach_norm", [True, False])
+def test_zero_rows_of_the_base_learn_without_nan(kind, detach_norm):
+    holder = Holder(kind)
+    with torch.no_grad():
+        holder.W[::3] = 0
+    x = inputs(kind)
+    expected = holder(x)
+    adapt(holder, "dora", detach_norm=detach_norm)
+    assert torch.equal(holder(x), expected)
+    optimizer = torch.optim.SGD(trainable(holder).values(), lr=0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        holder(x).square().sum().backward()
+        assert all(torch.isfinite(parameter.grad).all() for parameter in trainable(holder).values())
+        optimizer.step()
+    assert torch.isfinite(holder(x)).all()
+    merged = holder.target.adapter.merged(holder.W).detach()
+    assert_close(holder(x), holder.plain(x, merged), EXACT[torch.float32])
+
+
+# ---- dropout ----
+
+
+@pytest.mark.parametrize("kind", WITH_INPUTS)
+@pytest.mark.parametrize("mode", ["branch", "paper"])
+def test_what_dropout_acts_on(kind, mode):
+    holder = adapted_holder("dora", kind, dropout=0.4, dropout_mode=mode).train()
+    A, B, s, m, _, n, _ = parts(holder)
+    x, g = inputs(kind, torch.float64).requires_grad_(), m / n
+    torch.manual_seed(3)
+    y = holder(x)
+    torch.manual_seed(3)
+    dropped = dropout(x, 0.4)
+    update = s * dropped @ A.T @ B.T
+    rescaled = (dropped if mode == "paper" else x) @ holder.W.T
+    expected = x @ holder.W.T + (g - 1) * rescaled + g * update + holder.b
+    assert_close(y, expected.detach(), FP64)
+    weights = torch.randn_like(y)
+    found = torch.autograd.grad(y, x, weights)[0]
+    assert_close(found, torch.autograd.grad(expected, x, weights)[0], FP64)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_dropout_both_modes_are_the_same(kind):
+    def made(mode):
+        torch.manual_seed(11)
+        return adapted_holder("dora", kind, dropout=0.4, dropout_mode=mode).eval()
+
+    x = inputs(kind, torch.float64)
+    assert torch.equal(made("branch")(x), made("paper")(x))
+    if kind == "embedding":  # which has no inputs to drop
+        assert torch.equal(made("branch").train()(x), made("paper").train()(x))
+
+
+def test_in_half_precision_the_papers_dropout_answers_in_the_bases_dtype():
+    holder = Holder("linear", torch.bfloat16).train()
+    adapt(holder, "dora", dropout=0.4, dropout_mode="paper")
+    randomise(holder)
+    assert holder(inputs("linear", torch.bfloat16)).dtype == torch.bfloat16
+
+
+# ---- its other starts ----
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("init", ["gaussian", "pissa", "orthogonal"])
+def test_it_starts_as_its_base_whatever_the_factors_start(kind, init):
+    holder = Holder(kind)
+    x = inputs(kind)
+    expected = holder(x).detach()
+    adapt(holder, "dora", init=init)
+    assert_close(holder(x), expected, EXACT[torch.float32])
+    assert list(inject.adapters(holder)) == ["target"]

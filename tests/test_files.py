@@ -1,0 +1,250 @@
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from peftcli import files
+from peftcli.errors import HostError
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def umask():
+    """Sets the process's umask for the length of a test."""
+    before = os.umask(0)
+    os.umask(before)
+    yield os.umask
+    os.umask(before)
+
+
+# ---- files ----
+
+
+def test_text_is_replaced_whole(tmp_path):
+    path = tmp_path / "a.txt"
+    for text in ("first", "zweite – 二", ""):
+        files.write_text(path, text)
+        assert path.read_bytes().decode() == text
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_a_write_that_fails_leaves_the_old_text(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    files.write_text(path, "old")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(HostError, match=r"cannot write .*a\.txt: No space left") as raised:
+        files.write_text(path, "new")
+    assert "free some space" in raised.value.problems[0].hint
+    assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), {"a": [float("-inf")]}], ids=str)
+def test_json_that_is_none_is_not_written(value, tmp_path):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        files.write_json(tmp_path / "a.json", value)
+    assert names(tmp_path) == []
+
+
+def test_json_comes_back(tmp_path):
+    value = {"é": [1, 0.1 + 0.2, None, True], "b": {"c": "\n"}}
+    files.write_json(tmp_path / "a.json", value)
+    text = (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert json.loads(text) == value
+    assert "é" in text
+    assert text.endswith("}\n")
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)], ids=oct)
+def test_every_file_follows_the_umask(mask, mode, tmp_path, umask):
+    umask(mask)
+    files.write_text(tmp_path / "text", "")
+    files.write_safetensors(tmp_path / "tensors", {"a": torch.zeros(1)})
+    for name in ("text", "tensors"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == mode
+    assert umask(mask) == mask, "the process's own umask was changed"
+
+
+def test_tensors_of_any_layout_and_owner_come_back(tmp_path):
+    from safetensors.torch import load_file
+
+    whole = torch.randn(4, 6)
+    tensors = {
+        "transposed": whole.t(),
+        "a slice": whole[:, 1:3],
+        "trained": torch.nn.Parameter(whole),
+        "one value": torch.tensor(3),
+        "none": torch.zeros(0, 4),
+        "half": whole.bfloat16(),
+    }
+    files.write_safetensors(tmp_path / "a.safetensors", tensors, {"format": "pt"})
+    found = load_file(tmp_path / "a.safetensors")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    files.write_safetensors(tmp_path / "empty.safetensors", {})
+    assert load_file(tmp_path / "empty.safetensors") == {}
+
+
+def test_a_file_that_cannot_be_written_is_explained(tmp_path):
+    for write in (
+        lambda path: files.write_text(path, ""),
+        lambda path: files.write_safetensors(path, {"a": torch.zeros(1)}),
+    ):
+        with pytest.raises(HostError, match=r"cannot write .*nowhere/a"):
+            write(tmp_path / "nowhere" / "a")
+
+
+def test_sha256_is_the_files(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert files.sha256(tmp_path / "a") == expected
+
+
+# ---- folders ----
+
+
+def test_a_folder_appears_when_its_block_ends(tmp_path):
+    target = tmp_path / "new" / "folder"
+    with files.new_folder(target) as folder:
+        assert folder.parent == target.parent
+        assert list(folder.iterdir()) == []
+        (folder / "sub").mkdir()
+        (folder / "sub" / "a").write_text("a")
+        assert not target.exists()
+    assert (target / "sub" / "a").read_text() == "a"
+    assert names(tmp_path / "new") == ["folder"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_a_block_that_raises_changes_nothing(error, tmp_path):
+    target = tmp_path / "folder"
+    target.mkdir()
+    (target / "old").touch()
+
+    def write():
+        with files.new_folder(target) as folder:
+            (folder / "new").touch()
+            raise error
+
+    with pytest.raises(error):
+        write()
+    assert names(tmp_path) == ["folder"]
+    assert names(target) == ["old"]
+
+
+def test_a_folder_that_is_there_is_replaced_whole(tmp_path):
+    target = tmp_path / "folder"
+    for name in ("first", "second"):
+        with files.new_folder(target) as folder:
+            (folder / name).touch()
+    assert names(target) == ["second"]
+    assert names(tmp_path) == ["folder"]
+
+
+def test_what_a_crash_left_is_cleared_away(tmp_path):
+    for left in ("folder.tmp", "folder.old.tmp"):
+        (tmp_path / left).mkdir()
+        (tmp_path / left / "rubbish").touch()
+    with files.new_folder(tmp_path / "folder") as folder:
+        assert list(folder.iterdir()) == []
+    assert names(tmp_path) == ["folder"]
+
+
+def test_when_the_new_folder_cannot_take_its_place_the_old_one_does(tmp_path, monkeypatch):
+    target = tmp_path / "folder"
+    target.mkdir()
+    (target / "old").touch()
+    rename = type(target).rename
+
+    def fails_at_the_last_step(self, to):
+        if to == target and self.name == "folder.tmp":
+            raise OSError(5, "Input/output error")
+        return rename(self, to)
+
+    monkeypatch.setattr(type(target), "rename", fails_at_the_last_step)
+    with pytest.raises(HostError, match="Input/output error"), files.new_folder(target) as folder:
+        (folder / "new").touch()
+    assert names(tmp_path) == ["folder"]
+    assert names(target) == ["old"]
+
+
+def test_a_folder_in_a_files_place_is_explained(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(HostError, match="cannot write") as raised,
+        files.new_folder(tmp_path / "file" / "folder"),
+    ):
+        pass
+    assert "output_dir=DIR" in raised.value.problems[0].hint
+
+
+def test_check_writable(tmp_path):
+    files.check_writable(tmp_path / "new" / "folder")
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(HostError, match="cannot write"):
+        files.check_writable(tmp_path / "file")
+
+
+def test_clear_run_removes_what_a_run_owns_alone(tmp_path):
+    for name in ("metrics.jsonl", "notes.txt", "checkpoint-1.txt"):
+        (tmp_path / name).touch()
+    for name in ("checkpoint-1", "checkpoint-20", "mine"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    files.clear_run(tmp_path, ["metrics.jsonl", "checkpoint-*[0-9]", "never-there"])
+    assert names(tmp_path) == ["checkpoint-1.txt", "mine", "notes.txt"]
+
+
+# ---- the lock ----
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from peftcli import files
+with files.locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def other_process(tmp_path):
+    """Another process that holds the folder's lock."""
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def test_a_folder_is_held_by_one_process_until_that_ends(tmp_path, other_process):
+    with pytest.raises(HostError, match=f"is in use by another run .process {other_process.pid} on "):
+        files.locked(tmp_path).__enter__()
+    other_process.send_signal(signal.SIGKILL)
+    other_process.wait()
+    with files.locked(tmp_path):
+        assert f"process {os.getpid()} on " in (tmp_path / files.LOCK_FILE).read_text()
+
+
+def test_a_lock_is_given_back_and_not_shared(tmp_path):
+    for _ in range(2):
+        with files.locked(tmp_path), pytest.raises(HostError, match="is in use by another run"):
+            files.locked(tmp_path).__enter__()
+    (tmp_path / "other").mkdir()
+    with files.locked(tmp_path), files.locked(tmp_path / "other"):
+        pass
+    with pytest.raises(HostError, match="cannot write"):
+        files.locked(tmp_path / "nowhere").__enter__()
