@@ -14,7 +14,7 @@ from peftcli.errors import RecipeError
 RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Fields to override, such as method.r=8.", show_default=False),
+    typer.Argument(metavar="KEY=VALUE", help="Fields to override, such as method.r=8.", show_default=False),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps … Left out: the best there is.")]

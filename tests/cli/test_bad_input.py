@@ -1,8 +1,8 @@
 """The mistakes that people make, each with its exit code and one message that says what to do. Never a traceback."""
 
-import json
 import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from peftcli.errors import EXIT_BUG, EXIT_INTERRUPTED_TWICE
+from peftcli.training.loop import Trainer
 from tests.conftest import write_jsonl
 
 
@@ -75,10 +76,15 @@ class TestRecipes:
     def test_no_such_recipe(self, cli, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         for command in ("train", "validate", "preview"):
-            assert_told(cli(command, "nowhere.yaml"), 2, "nowhere.yaml")
+            assert_told(cli(command, "nowhere.yaml"), 2, "there is no recipe nowhere.yaml", hint=False)
 
-    def test_a_folder_for_a_recipe(self, cli, tmp_path):
-        assert_told(cli("train", tmp_path), 2, str(tmp_path), hint=False)
+    def test_a_misspelt_recipe(self, cli, recipe_file):
+        recipe_file()
+        assert_told(cli("train", "recpie.yaml"), 2, "there is no recipe recpie.yaml", "did you mean recipe.yaml?")
+
+    def test_a_folder_for_a_recipe(self, cli, recipe_file, tmp_path):
+        recipe_file()
+        assert_told(cli("train", tmp_path), 2, f"{tmp_path} is a folder", "recipe.yaml")
 
     @pytest.mark.parametrize("content", [b"\xff\xfe\x00m\x00o", b"model: \xe9\n"])
     def test_a_recipe_that_is_not_utf_8(self, cli, tmp_path, content):
@@ -264,9 +270,9 @@ class TestUsage:
         [
             (["train", "recipe.yaml", "--dry-run"], "--dry-run"),
             (["trian", "recipe.yaml"], "trian"),
-            (["train"], "RECIPE"),
+            (["train"], "Missing argument 'recipe'"),
             (["eval", "run", "--batch-size", "0"], "--batch-size"),
-            (["preview", "recipe.yaml", "-n", "none"], "none"),
+            (["preview", "recipe.yaml", "-n", "none"], "--count"),
         ],
     )
     def test_a_command_line_that_is_none(self, cli, recipe_file, arguments, text):
@@ -352,10 +358,6 @@ def test_ctrl_c_before_training(cli, recipe_file, monkeypatch):
 
 def test_ctrl_c_while_training(cli, recipe_file, monkeypatch):
     """Saved, told how to go on, and code 75, which schedulers know to try again."""
-    import signal
-
-    from peftcli.training.loop import Trainer
-
     original = Trainer._after_step
 
     def pressed(self):
@@ -367,8 +369,6 @@ def test_ctrl_c_while_training(cli, recipe_file, monkeypatch):
     recipe_file()
     outcome = cli("train", "recipe.yaml")
     assert_told(outcome, 75, "SIGINT: stopped after step 2 of 4; it is saved", "--resume")
-    monkeypatch.undo()
-    monkeypatch.chdir(Path(json.loads(Path("recipe.yaml").read_text())["model"]["name"]).parent)
 
 
 def test_text_of_the_users_is_not_taken_for_markup(cli, tmp_path):

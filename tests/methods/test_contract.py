@@ -138,6 +138,25 @@ def test_a_plain_module_that_holds_the_merged_weight_equals_the_adapted_one(name
     assert not torch.allclose(holder(x), holder.plain(x, holder.W)), "this adapter changes nothing"
 
 
+@each_method
+def test_a_conv1d_is_a_linear_layer_stored_the_other_way_round(name):
+    linear, conv1d = Holder("linear", torch.float64), Holder("conv1d", torch.float64)
+    with torch.no_grad():
+        conv1d.target.weight.copy_(linear.W.t())
+        conv1d.target.bias.copy_(linear.b)
+    tensors = []
+    for holder in (linear, conv1d):
+        adapt(holder, name)
+        holder.target.adapter.double()
+        tensors.append(holder.target.adapter.peft_tensors())
+        torch.manual_seed(3)
+        randomise(holder)
+    x = inputs("linear", torch.float64)
+    assert_close(conv1d(x), linear(x), EXACT[torch.float64])
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(torch.equal(tensor, tensors[1][key]) for key, tensor in tensors[0].items())
+
+
 @at_each_site
 def test_merging_a_half_precision_weight_rounds_once(name, kind):
     holder = adapted_holder(name, kind, torch.float32)

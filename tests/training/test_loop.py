@@ -160,6 +160,18 @@ def test_evaluating_and_saving_change_nothing(make_trainer, tensors):
     assert not all(torch.equal(undropped[name], expected[name]) for name in expected)
 
 
+def test_every_micro_batch_has_noise_of_its_own(make_trainer, monkeypatch):
+    places, original = [], loss.seed_noise
+
+    def seen(*place):
+        places.append(place)
+        original(*place)
+
+    monkeypatch.setattr(loss, "seed_noise", seen)
+    make_trainer(max_steps=3, gradient_accumulation_steps=2, seed=5).run()
+    assert places == [(5, step, micro, 0) for step in range(3) for micro in range(2)]
+
+
 def test_the_seed_is_what_makes_runs_differ(make_trainer, tensors):
     def run(seed):
         trainer = make_trainer(max_steps=3, seed=seed, fields={"dropout": 0.3})

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 from safetensors.torch import load_file
@@ -180,7 +181,7 @@ def test_the_best_before_an_interruption_is_remembered(stopping_recipe, train, t
     # Answers that training never gives: the more it learns, the worse these become.
     write_jsonl(tmp_path / "eval.jsonl", [{"prompt": "the cat ? ", "completion": "x y z"}] * 2)
     whole = train(path, "output_dir=whole")
-    assert whole["result"]["best_step"] == 4  # before the interruption
+    assert 0 < whole["result"]["best_step"] < 5  # before the interruption
     interrupt(train, path, at=5)
     facts = train(path, resume=True)
     for key in ("eval", "best_step", "best_eval_loss"):
@@ -264,18 +265,20 @@ def test_data_that_changed_under_the_run(stopping_recipe, train, tmp_path):
     train(path, resume=True)
 
 
-def test_a_real_signal_to_a_real_process(stopping_recipe, tmp_path):
-    path = stopping_recipe()
-    command = [
-        sys.executable,
-        "-m",
-        "peftcli",
-        "train",
-        str(path),
-        "training.max_steps=100000",
-        "training.logging_steps=1",
-    ]
+@contextmanager
+def started(*arguments):
+    """Yields a process of this Python, which does not outlive the test."""
+    command = [sys.executable, *arguments]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_real_signal_to_a_real_process(stopping_recipe, tmp_path):
+    path = str(stopping_recipe(max_steps=100_000, logging_steps=1))
+    with started("-m", "peftcli", "train", path) as process:
         for line in process.stderr:
             if line.startswith("step 3/"):
                 break
@@ -295,7 +298,7 @@ def test_a_second_ctrl_c_ends_at_once():
         "import time\nfrom peftcli.training.signals import StopRequest\n"
         "with StopRequest() as stop:\n print('ready', flush=True)\n while True: time.sleep(60)"
     )
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
+    with started("-c", program) as process:
         process.stdout.readline()
         process.send_signal(signal.SIGINT)
         with pytest.raises(subprocess.TimeoutExpired):
