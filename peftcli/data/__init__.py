@@ -17,7 +17,17 @@ if TYPE_CHECKING:
     from peftcli.data.rows import Rows
     from peftcli.recipe.schema import DataSection
 
-__all__ = ["EncodedDataset", "EncodingReport", "PreparedData", "RawData", "Sample", "format_prompt", "prepare", "read"]
+__all__ = [
+    "EncodedDataset",
+    "EncodingReport",
+    "PreparedData",
+    "RawData",
+    "Sample",
+    "format_prompt",
+    "prepare",
+    "prepare_eval",
+    "read",
+]
 
 
 @dataclass(frozen=True)
@@ -93,17 +103,41 @@ def prepare(
     """
     from peftcli.data.encoding import encode
 
-    if max_positions is not None and data.max_length > max_positions:
-        raise RecipeError(
-            f"data.max_length: {data.max_length:,} tokens are more than the model's {max_positions:,} positions",
-            hint=f"set data.max_length to {max_positions} or less",
-        )
+    _check_length(data, max_positions)
     rows = raw or read(data, seed)
     train, train_report = encode(rows.train, rows.format, data, tokenizer, vocab_size)
     if rows.eval is None:
         return PreparedData(train, None, train_report, None, rows.format)
     held_out, eval_report = encode(rows.eval, rows.format, data, tokenizer, vocab_size)
     return PreparedData(train, held_out, train_report, eval_report, rows.format)
+
+
+def prepare_eval(
+    data: DataSection, tokenizer: PreTrainedTokenizerBase, *, vocab_size: int, max_positions: int | None, seed: int
+) -> EncodedDataset | None:
+    """Returns what `prepare` returns as `eval`, without encoding the training data; None where nothing is held out."""
+    from peftcli.data.encoding import encode
+    from peftcli.data.formats import resolve_format
+    from peftcli.data.sources import read_rows
+
+    _check_length(data, max_positions)
+    if data.eval is not None:
+        rows = read_rows(data.eval, "data.eval")
+        form = resolve_format(rows, data.format, data.columns)
+        return encode(rows, form, data, tokenizer, vocab_size)[0]
+    if data.eval_fraction is None:
+        return None
+    raw = read(data, seed)
+    assert raw.eval is not None
+    return encode(raw.eval, raw.format, data, tokenizer, vocab_size)[0]
+
+
+def _check_length(data: DataSection, max_positions: int | None) -> None:
+    if max_positions is not None and data.max_length > max_positions:
+        raise RecipeError(
+            f"data.max_length: {data.max_length:,} tokens are more than the model's {max_positions:,} positions",
+            hint=f"set data.max_length to {max_positions} or less",
+        )
 
 
 def format_prompt(text: str, form: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -95,17 +95,18 @@ def evaluation_data(subject: Subject, path: Path | None) -> data.EncodedDataset:
         longest = recipe.DataSection.model_fields["max_length"].default
         kept = section.model_dump() if section is not None else {"max_length": min(longest, positions or longest)}
         section = recipe.DataSection.model_validate({**kept, "train": sources, "eval": sources, "eval_fraction": None})
-    if section is None or (section.eval is None and section.eval_fraction is None):
+    samples = None
+    if section is not None:
+        samples = data.prepare_eval(
+            section,
+            subject.base.tokenizer,
+            vocab_size=models.vocabulary_size(subject.base.config),
+            max_positions=positions,
+            seed=subject.recipe.training.seed if subject.recipe is not None else 0,
+        )
+    if samples is None:
         raise DataError("there is nothing to evaluate on", hint="name a file: --data FILE")
-    prepared = data.prepare(
-        section,
-        subject.base.tokenizer,
-        vocab_size=models.vocabulary_size(subject.base.config),
-        max_positions=positions,
-        seed=subject.recipe.training.seed if subject.recipe is not None else 0,
-    )
-    assert prepared.eval is not None
-    return prepared.eval
+    return samples
 
 
 def evaluate(
