@@ -49,7 +49,9 @@ check: lint types test  ## Format, lint, types and tests: what CI runs.
 schema: $(STAMP)  ## Write peftcli/recipe/schema.json anew from the code.
 	@$(BIN)/python scripts/write_schema.py
 
-bench: $(STAMP)  ## Measure against PEFT and the frozen model, side by side in one run.
+bench: model  ## Measure against TRL, end to end, side by side in one run.
+	@test -x .venv-bench/bin/trl || { $(PYTHON) -m venv .venv-bench && \
+	  .venv-bench/bin/pip install --quiet --disable-pip-version-check -c configs/constraints.txt "torch==2.13.0" peft "trl==1.16.0"; }
 	@$(BIN)/python scripts/bench.py
 
 clean:  ## Remove the environment and what the tools left; the model's cache stays.

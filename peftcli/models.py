@@ -78,11 +78,9 @@ def _folder_listing(path: Path) -> str:
 @contextmanager
 def _explained(section: ModelSection, source: ModelSource, what: str) -> Iterator[None]:
     """Turns the loaders' many exceptions into one ModelError that names the model and the cause."""
-    from safetensors import SafetensorError
-
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+    except Exception as error:  # a damaged file decides which: tokenizers raise no class but this
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         hint = None
         if not source.is_local:
@@ -213,7 +211,8 @@ def plain_folder(section: ModelSection, source: ModelSource) -> Iterator[Path]:
 
     with tempfile.TemporaryDirectory(prefix="peftcli-") as folder:
         config = load_config(section, source)
-        load_model(section, source, config, torch.device("cpu")).save_pretrained(folder)
+        with _quiet_loading():
+            load_model(section, source, config, torch.device("cpu")).save_pretrained(folder)
         yield Path(folder)
 
 

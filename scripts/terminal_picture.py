@@ -16,8 +16,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-LIVE_LINE = re.compile(r"\x1b\[\d*[AK]|\x1b\[\?25[lh]")
-"""What a live display writes to redraw itself: such lines are not part of what stays on the screen."""
+CLEARED = re.compile(r"\x1b\[2K")
+"""What a live display writes before it draws a line again: only what follows the last one stays."""
+STYLES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
+BAR = re.compile(r"\s*(training|evaluat\w*…?)\s.*\d+/\d")
 
 
 def main() -> None:
@@ -36,8 +38,14 @@ def main() -> None:
 
 def kept_lines(output: str) -> list[str]:
     """Returns the lines that remain on the screen when the command is done."""
-    lines = output.replace("\r\n", "\n").split("\n")
-    return [line for line in lines if not LIVE_LINE.search(line) and "\r" not in line]
+    kept = []
+    for line in output.replace("\r\n", "\n").split("\n"):
+        *redrawn, last = CLEARED.split(line)
+        plain = STYLES.sub("", last).strip()
+        if line.startswith("Script ") or BAR.match(plain) or (redrawn and not plain):
+            continue
+        kept.append(last.replace("\r", ""))
+    return kept
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub client: no test may wait for a network
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the numbers of the suite are a CPU's
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: threads that share tensors this small mostly wait for each other
 
 import pytest
@@ -168,7 +169,7 @@ class Recorder:
     """A reporter that keeps all it is told; `on_step`, where given, is called with each step's number."""
 
     def __init__(self, on_step=None):
-        self.notes, self.losses, self.logged, self.on_step = [], {}, [], on_step
+        self.notes, self.losses, self.logged, self.advanced, self.on_step = [], {}, [], [], on_step
 
     def stage(self, text):
         pass
@@ -188,7 +189,7 @@ class Recorder:
         self.logged.append((step, dict(metrics)))
 
     def advance(self, done, total):
-        pass
+        self.advanced.append((done, total))
 
     def end(self):
         pass

@@ -108,6 +108,8 @@ def test_the_manifest_is_true(finished, make_model, tmp_path, model_folder):
     assert (result["best_eval_loss"], result["eval"]["eval_loss"]) == (best["eval_loss"], evaluations[-1]["eval_loss"])
     assert result["train"]["loss"] == [line for line in lines if "loss" in line][-1]["loss"]
     assert 0 < result["seconds"] < 100
+    template = (run / "chat_template.jinja").read_text()
+    assert facts["data"]["chat_template_sha256"] == hashlib.sha256(template.encode()).hexdigest()
     assert facts["data"]["format"] == "prompt-completion"
     assert (facts["data"]["train"]["samples"], facts["data"]["eval"]["samples"]) == (32, 8)
     assert facts["environment"]["torch"] == version("torch")

@@ -12,7 +12,9 @@ from transformers import MambaConfig
 from peftcli import models
 from peftcli.errors import HostError, ModelError, RecipeError
 from peftcli.recipe import ModelSection
+from peftcli.run import applying
 from peftcli.run.training import mixed_precision
+from tests.conftest import Recorder, write_jsonl
 
 CPU = torch.device("cpu")
 
@@ -163,7 +165,17 @@ class TestLoading:
         with pytest.raises(ModelError, match="cannot load the tokenizer"):
             models.load_tokenizer(section, models.locate(section))
 
-    @pytest.mark.parametrize("content", ["", "{", "{}"])
+    @pytest.mark.parametrize(
+        "content",
+        [
+            "",
+            "{",
+            "{}",
+            "[]",
+            '{"version": "1.0", "added_tokens": [], "model": {"type": "none"}}',
+            '{"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": ["a b"]}}',
+        ],
+    )
     def test_a_damaged_tokenizer(self, folder, content):
         (folder / "tokenizer.json").write_text(content)
         section = ModelSection(name=str(folder))
@@ -275,3 +287,101 @@ class TestPlainFolders:
             models.plain_folder(section, models.locate(section)),
         ):
             pass
+
+
+GGUF_NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+GGUF_ENDS = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+
+
+def _gguf_tensor(name, tensor, config):
+    """Returns a Llama weight's name and values in GGUF, which orders the rows of q and k by pairs."""
+    if name in GGUF_ENDS:
+        return GGUF_ENDS[name], tensor.numpy()
+    _, _, layer, module = name.removesuffix(".weight").split(".", 3)
+    heads = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": config.num_key_value_heads}.get(module)
+    if heads:
+        tensor = tensor.reshape(heads, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
+    return f"blk.{layer}.{GGUF_NAMES[module]}.weight", tensor.contiguous().numpy()
+
+
+@pytest.fixture
+def gguf_model(make_model, tmp_path):
+    """A tiny Llama, and a folder that has nothing but it and its tokenizer in a GGUF file, in full precision."""
+    import gguf
+
+    model = make_model(attention_bias=False, mlp_bias=False)
+    config = model.config
+    (tmp_path / "gguf").mkdir()
+    writer = gguf.GGUFWriter(str(tmp_path / "gguf" / "tiny.gguf"), "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(10_000.0)
+    writer.add_vocab_size(config.vocab_size)
+    tokens = ["<s>", "</s>", "a", "b", "ab"]
+    tokens += [f"<{index}>" for index in range(config.vocab_size - len(tokens))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * len(tokens))
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    for name, tensor in model.state_dict().items():
+        writer.add_tensor(*_gguf_tensor(name, tensor, config))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model, tmp_path / "gguf"
+
+
+class TestGguf:
+    def test_the_model_is_the_files(self, gguf_model):
+        expected, folder = gguf_model
+        model = open_model(folder, gguf_file="tiny.gguf").eval()
+        ids = torch.arange(2, 20)[None]
+        with torch.no_grad():
+            assert torch.equal(model(input_ids=ids).logits, expected(input_ids=ids).logits)
+        section = ModelSection(name=str(folder), gguf_file="tiny.gguf")
+        assert models.load_tokenizer(section, models.locate(section))("abba")["input_ids"] == [4, 3, 2]
+
+    def test_a_damaged_file(self, gguf_model):
+        _, folder = gguf_model
+        content = (folder / "tiny.gguf").read_bytes()
+        for keep in (0, 100, len(content) // 2):
+            (folder / "tiny.gguf").write_bytes(content[:keep])
+            assert f"of {folder}" in refused(folder, gguf_file="tiny.gguf").message
+
+    def test_it_is_trained_and_merged_like_any_other(self, gguf_model, recipe_file, train, tmp_path):
+        expected, folder = gguf_model
+        path = recipe_file(model={"name": str(folder), "gguf_file": "tiny.gguf"}, training={"learning_rate": 0.1})
+        write_jsonl(tmp_path / "train.jsonl", [{"prompt": "abba", "completion": "bab"}] * 8)
+        write_jsonl(tmp_path / "eval.jsonl", [{"prompt": "abba", "completion": "bab"}] * 2)
+        train(path)
+        subject = applying.open_subject(tmp_path / "run", None, None)
+        agreement, count = applying.merge(subject, tmp_path / "merged", None, Recorder(), overwrite=False)
+        assert (agreement.same_choice, count) == (1.0, 14)
+        merged = load_file(tmp_path / "merged" / "model.safetensors")
+        base = expected.state_dict()
+        assert merged.keys() == base.keys()
+        same = {name for name, tensor in base.items() if torch.equal(merged[name], tensor)}
+        assert same == {name for name in base if "_proj" not in name}

@@ -110,7 +110,8 @@ class LiveReporter:
 
     def step(self, step: int, metrics: Metrics) -> None:  # noqa: D102
         if self._training is not None:
-            self._display().update(self._training, completed=step, facts=describe(metrics))
+            short = {name: metrics[name] for name in ("loss", "tokens_per_second") if name in metrics}
+            self._display().update(self._training, completed=step, facts=describe(short))
 
     def log(self, step: int, metrics: Metrics) -> None:  # noqa: D102
         stderr.print(f"step {step}  {describe(metrics)}")

@@ -70,6 +70,18 @@ def test_any_of_several_ends_will_do(model, word_tokenizer):
     assert end_tokens(model, word_tokenizer) == sorted([1, dog, 77])
     force(model, dog)
     assert say(model, word_tokenizer, max_new_tokens=50) == "dog"
+    # The tokenizer's own end counts too, where the model's configuration does not know it.
+    tokenizer = copy.deepcopy(word_tokenizer)
+    tokenizer.eos_token = "cat"
+    model.generation_config.eos_token_id = 77
+    steps = []
+    model.lm_head.register_forward_hook(lambda *_: steps.append(1))
+    say(model, tokenizer, max_new_tokens=9)
+    assert len(steps) == 9
+    force(model, tokenizer.eos_token_id)
+    steps.clear()
+    say(model, tokenizer, max_new_tokens=9)
+    assert len(steps) == 1
     model.generation_config.eos_token_id = None
     assert end_tokens(model, word_tokenizer) == [1]
     model.generation_config = None

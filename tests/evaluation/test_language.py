@@ -12,6 +12,7 @@ from peftcli.data.dataset import EncodedDataset, Sample
 from peftcli.errors import NumericalError
 from peftcli.evaluation.language import evaluate
 from peftcli.training.loss import score_reference
+from tests.conftest import Recorder
 from tests.tolerances import LOSS
 
 LENGTHS = (9, 3, 14, 6, 20, 5, 7)
@@ -73,11 +74,12 @@ def test_batches_change_no_metric(make_model, samples, batch_size, joins):
 
 
 def test_the_recipes_eval_batch_size_changes_no_metric(recipe_file, train):
-    path = recipe_file(training={"max_steps": 2})
-    found = [
-        train(path, f"training.per_device_eval_batch_size={size}", f"output_dir=run-{size}")["result"]["eval"]
-        for size in (1, 8)
-    ]
+    path, found = recipe_file(training={"max_steps": 2}), []
+    for size, done in ((1, [1, 2, 3, 4, 5, 6, 7, 8]), (3, [3, 6, 8])):
+        recorder = Recorder()
+        overrides = (f"training.per_device_eval_batch_size={size}", f"output_dir=run-{size}")
+        found.append(train(path, *overrides, reporter=recorder)["result"]["eval"])
+        assert recorder.advanced == [(number, 8) for number in done]
     assert found[0] == pytest.approx(found[1], rel=10 * LOSS)
 
 

@@ -8,11 +8,12 @@ from torch import nn
 
 from peftcli import inject
 from peftcli.checkpoint import state
+from peftcli.data.batching import Batcher
 from peftcli.errors import ModelError, NumericalError
 from peftcli.training import checks, loss
 from tests.tolerances import EXACT, LOSS, LOSS_CURVE
 
-SAMPLES_PER_EPOCH, STEPS_PER_EPOCH = 8, 4  # of `make_trainer` as it is
+SAMPLES_PER_EPOCH = 8  # of `make_trainer` as it is
 
 
 def metrics(trainer):
@@ -64,6 +65,21 @@ def test_an_epochs_last_step_is_smaller_and_no_sample_is_left_out(make_trainer):
     result = trainer.run()
     assert trainer.task.plan.steps_per_epoch == 2
     assert (result.progress.step, result.progress.tokens) == (4, 2 * supervised)
+
+
+def test_each_epoch_has_every_sample_once_in_an_order_of_its_own(make_trainer, monkeypatch):
+    trainer, used = make_trainer(num_train_epochs=3.0), []
+    original = Batcher.batch
+
+    def seen(self, indices):
+        used.extend(indices)
+        return original(self, indices)
+
+    monkeypatch.setattr(Batcher, "batch", seen)
+    trainer.run()
+    epochs = [used[start : start + SAMPLES_PER_EPOCH] for start in range(0, len(used), SAMPLES_PER_EPOCH)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(SAMPLES_PER_EPOCH))] * 3
+    assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
 @pytest.mark.parametrize(

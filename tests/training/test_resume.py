@@ -189,6 +189,18 @@ def test_the_best_before_an_interruption_is_remembered(stopping_recipe, train, t
     assert_same(tmp_path / "run", tmp_path / "whole", log=False)
 
 
+def test_a_run_that_stopped_early_and_is_resumed_stops_there_again(stopping_recipe, train, tmp_path):
+    path = stopping_recipe(early_stopping_patience=1, eval_steps=1, save_steps=2)
+    write_jsonl(tmp_path / "eval.jsonl", [{"prompt": "the cat ? ", "completion": "x y z"}] * 2)
+    facts = train(path)
+    assert facts["result"]["steps"] < STEPS
+    before = tensors(tmp_path / "run")
+    again = train(path, resume=True)
+    assert all(tensor.equal(before[name]) for name, tensor in tensors(tmp_path / "run").items())
+    for key in ("steps", "eval", "best_step", "supervised_tokens"):
+        assert again["result"][key] == facts["result"][key]
+
+
 def test_a_finished_run_that_is_resumed_stays_as_it_is(stopping_recipe, train, tmp_path):
     path = stopping_recipe()
     facts = train(path)
