@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 def make_reporter() -> Reporter:
-    """Returns the reporter that suits where stderr goes."""
-    return LiveReporter() if stderr.is_terminal else PlainReporter()
+    """Returns the reporter that suits where stderr goes; a dumb terminal cannot redraw a line."""
+    return LiveReporter() if stderr.is_terminal and not stderr.is_dumb_terminal else PlainReporter()
 
 
 def describe(metrics: Metrics) -> str:

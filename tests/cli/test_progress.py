@@ -22,9 +22,10 @@ EVALUATION = {"eval_loss": 1.5, "eval_perplexity": 4.4817, "eval_token_accuracy"
 
 @pytest.fixture
 def screen(monkeypatch):
-    """What is shown on a terminal of eighty columns."""
+    """What is shown on a terminal, which can redraw its lines unless `kind` is dumb."""
 
-    def make(terminal):
+    def make(terminal, kind="xterm-256color"):
+        monkeypatch.setenv("TERM", kind)
         file = io.StringIO()
         monkeypatch.setattr(
             progress,
@@ -89,6 +90,11 @@ def test_a_display(screen):
         assert text in shown
     assert "training" in shown
     assert reporter._progress is None  # and the terminal's cursor is back
+
+
+def test_a_terminal_that_cannot_redraw_gets_lines(screen):
+    screen(True, kind="dumb")
+    assert isinstance(make_reporter(), PlainReporter)
 
 
 def test_a_display_of_an_evaluation_alone(screen):
