@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from peftcli.reporting import Metrics, Reporter
 
 
+WIDE = 120
+"""Columns from which the bar has room for every metric beside it."""
+
+
 def make_reporter() -> Reporter:
     """Returns the reporter that suits where stderr goes; a dumb terminal cannot redraw a line."""
     return LiveReporter() if stderr.is_terminal and not stderr.is_dumb_terminal else PlainReporter()
@@ -110,8 +114,10 @@ class LiveReporter:
 
     def step(self, step: int, metrics: Metrics) -> None:  # noqa: D102
         if self._training is not None:
-            short = {name: metrics[name] for name in ("loss", "tokens_per_second") if name in metrics}
-            self._display().update(self._training, completed=step, facts=describe(short))
+            shown = metrics
+            if stderr.width < WIDE:  # the log lines above have the rest
+                shown = {name: metrics[name] for name in ("loss", "tokens_per_second") if name in metrics}
+            self._display().update(self._training, completed=step, facts=describe(shown))
 
     def log(self, step: int, metrics: Metrics) -> None:  # noqa: D102
         stderr.print(f"step {step}  {describe(metrics)}")
