@@ -132,7 +132,7 @@ class TestLoading:
         assert f"cannot load the weights of {folder}" in problem.message
 
     def test_a_file_that_is_no_safetensors(self, folder):
-        (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n" * 9)
+        (folder / "model.safetensors").write_text("a pointer to a large file, as git leaves it\n" * 9)
         assert f"cannot load the weights of {folder}" in refused(folder).message
 
     def test_no_weights(self, folder):

@@ -239,7 +239,7 @@ class TestTheHost:
         assert cli("train", "recipe.yaml")[0] == 0
         assert_told(cli("train", "recipe.yaml"), 6, "run exists and is not empty", "--resume", "--overwrite")
 
-    @pytest.mark.skipif(os.geteuid() != 0 and not Path("/proc").is_dir(), reason="needs a folder nobody can write to")
+    @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a folder that nobody, not even root, can write to")
     def test_a_folder_that_cannot_be_written(self, cli, recipe_file):
         recipe_file()
         assert_told(cli("train", "recipe.yaml", "output_dir=/proc/peftcli"), 6, "cannot write /proc/peftcli")
