@@ -7,7 +7,7 @@ and a checkpoint that lacks a weight is an error: transformers would start that 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +18,27 @@ from peftcli.errors import HostError, ModelError, RecipeError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BaseImageProcessor, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from peftcli.recipe import ModelSection
+
+
+TASK_CLASSES = {
+    "causal-lm": "AutoModelForCausalLM",
+    "seq2seq-lm": "AutoModelForSeq2SeqLM",
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "image-classification": "AutoModelForImageClassification",
+}
+"""The transformers class of each `model.task`."""
+LANGUAGE_TASKS = ("causal-lm", "seq2seq-lm")
+"""Tasks whose models come whole: their head is part of what was pretrained."""
+PROBLEM_TYPES: dict[str, Any] = {
+    "single-label": "single_label_classification",
+    "multi-label": "multi_label_classification",
+    "regression": "regression",
+}
+"""What transformers calls the kinds of labels."""
 
 
 @dataclass(frozen=True)
@@ -114,17 +132,43 @@ def load_tokenizer(section: ModelSection, source: ModelSource) -> PreTrainedToke
     return tokenizer
 
 
-def skeleton(config: PretrainedConfig) -> PreTrainedModel:
+def load_image_processor(section: ModelSection, source: ModelSource) -> BaseImageProcessor:
+    """Returns the model's image processor, which works on Pillow's images alone wherever it runs."""
+    from transformers import AutoImageProcessor
+
+    with _explained(section, source, "image processor"):
+        processor: BaseImageProcessor = AutoImageProcessor.from_pretrained(source.name, backend="pil", **source.options)
+    return processor
+
+
+def set_labels(config: PretrainedConfig, names: Sequence[str], kind: str) -> None:
+    """Makes `config` that of a model that answers with `names`, of a kind of `PROBLEM_TYPES`.
+
+    Such a model generates nothing, so a decoder among them needs no cache.
+    """
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: index for index, name in enumerate(names)}
+    config.problem_type = PROBLEM_TYPES[kind]
+    config.use_cache = False
+
+
+def _model_class(task: str) -> Any:
+    """Returns the transformers class that makes a model for `task`."""
+    import transformers
+
+    return getattr(transformers, TASK_CLASSES[task])
+
+
+def skeleton(config: PretrainedConfig, task: str = "causal-lm") -> PreTrainedModel:
     """Returns the model on the meta device: every module and shape, no weights, in a fraction of a second."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+            model: PreTrainedModel = _model_class(task).from_config(config)
     except (ValueError, ImportError) as error:
         raise ModelError(
-            f"model.name: {config.model_type} models cannot be used as causal-lm: {str(error).splitlines()[0]}"
+            f"model.name: {config.model_type} models cannot be used as {task}: {str(error).splitlines()[0]}"
         ) from error
     return model
 
@@ -146,15 +190,16 @@ def resolve_dtype(section: ModelSection, config: PretrainedConfig, device: torch
 
 
 def load_model(
-    section: ModelSection, source: ModelSource, config: PretrainedConfig, device: torch.device
-) -> PreTrainedModel:
+    section: ModelSection, source: ModelSource, config: PretrainedConfig, device: torch.device, seed: int = 0
+) -> tuple[PreTrainedModel, list[str]]:
     """Returns the base model with its weights, on `device`, frozen parts and all as transformers loads it.
 
-    Raises:
-        ModelError: A file is missing or damaged, or a weight is missing or of another shape.
-    """
-    from transformers import AutoModelForCausalLM
+    Returned with it: the names of the parameters of a task head or pooler that the checkpoint does not have, or has
+    for other labels. They start from random numbers that depend on `seed` and their names alone.
 
+    Raises:
+        ModelError: A file is missing or damaged, or any other weight is missing or of another shape.
+    """
     options: dict[str, Any] = {**source.options, "dtype": resolve_dtype(section, config, device)}
     if section.gguf_file is not None:
         from transformers import GgufConfig
@@ -164,18 +209,52 @@ def load_model(
         # Weights of another shape are listed in the report instead of raised without their names.
         options |= {"config": config, "use_safetensors": True, "ignore_mismatched_sizes": True}
     with _explained(section, source, "weights"), _quiet_loading():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source.name, output_loading_info=True, **options)
+        loaded: Any = _model_class(section.task).from_pretrained(source.name, output_loading_info=True, **options)
     model, report = loaded
     misfits = {key: f"{key} {list(found)}, not {list(wanted)}" for key, found, wanted in report["mismatched_keys"]}
-    missing = [key for key in report["missing_keys"] if key not in misfits]
+    fresh = [key for key in sorted({*report["missing_keys"], *misfits}) if _may_be_fresh(key, model, section.task)]
+    misfits = {key: said for key, said in misfits.items() if key not in fresh}
+    missing = [key for key in report["missing_keys"] if key not in misfits and key not in fresh]
     for names, what in ((missing, "lacks weights that the model needs"), (misfits.values(), "has weights that misfit")):
         if names:
             raise ModelError(
                 f"model.name: the checkpoint of {section.name} {what}: {', '.join(sorted(names)[:5])}",
                 hint="the model would start from random numbers there; do config.json and weights belong together?",
             )
+    _start(model, fresh, seed)
     placed: PreTrainedModel = model.to(device)
-    return placed
+    return placed, fresh
+
+
+def _may_be_fresh(key: str, model: PreTrainedModel, task: str) -> bool:
+    """Returns whether a parameter is of a labelling model's head, or of the pooler, which feeds nothing but the head.
+
+    Any other that is missing would leave a hole in what was pretrained.
+    """
+    if task in LANGUAGE_TASKS or key not in dict(model.named_parameters()):
+        return False
+    prefix = f"{model.base_model_prefix}."
+    return not key.startswith(prefix) or "pooler" in key.removeprefix(prefix).split(".")[0]
+
+
+def _start(model: PreTrainedModel, fresh: list[str], seed: int) -> None:
+    """Gives fresh parameters their start: biases 0, norms 1, weights normal with the model's own deviation."""
+    import torch
+
+    from peftcli.methods._protocol import generator
+
+    deviation = getattr(model.config.get_text_config(), "initializer_range", None) or 0.02
+    for name in fresh:
+        module, _, leaf = name.rpartition(".")
+        parameter = model.get_parameter(name)
+        with torch.no_grad():
+            if leaf == "bias":
+                parameter.zero_()
+            elif "Norm" in type(model.get_submodule(module)).__name__:
+                parameter.fill_(1.0)
+            else:
+                noise = torch.randn(parameter.shape, generator=generator(seed, name))
+                parameter.copy_(deviation * noise)
 
 
 @contextmanager
@@ -212,7 +291,7 @@ def plain_folder(section: ModelSection, source: ModelSource) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="peftcli-") as folder:
         config = load_config(section, source)
         with _quiet_loading():
-            load_model(section, source, config, torch.device("cpu")).save_pretrained(folder)
+            load_model(section, source, config, torch.device("cpu"))[0].save_pretrained(folder)
         yield Path(folder)
 
 
@@ -230,15 +309,43 @@ def _snapshot(section: ModelSection, source: ModelSource) -> Path:
         )
 
 
+def names_in_model(skeleton: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
+    """Returns the parameter of `skeleton` that each key of a checkpoint becomes, for those that are stored as they are.
+
+    transformers renames older checkpoints' keys as it loads them, and leaves out or adds the inner model's name.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    changes = get_model_conversion_mapping(skeleton)
+    renamings = [one for one in changes if isinstance(one, WeightRenaming)]
+    converters = [one for one in changes if isinstance(one, WeightConverter)]
+    own = skeleton.state_dict()
+    found = {}
+    for key in stored:
+        name, converted = rename_source_key(key, renamings, converters, skeleton.base_model_prefix, own)
+        if converted is None:
+            found[key] = name
+    return found
+
+
 def vocabulary_size(config: PretrainedConfig) -> int:
-    """Returns how many token ids the model's input embedding has."""
-    return int(config.get_text_config().vocab_size)
+    """Returns how many token ids the model's input embedding has; 0 where it reads no tokens."""
+    return int(getattr(config.get_text_config(), "vocab_size", 0))
+
+
+POSITIONS_AFTER_PADDING = ("roberta", "camembert", "mpnet", "longformer", "esm", "data2vec-text", "xmod", "ibert")
+"""Parts of the types of models that number positions from their padding token's id on, and so have fewer."""
 
 
 def max_positions(config: PretrainedConfig) -> int | None:
     """Returns the longest sequence that the model was made for, or None where it states none."""
-    value = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return int(value) if value else None
+    text = config.get_text_config()
+    value = getattr(text, "max_position_embeddings", None)
+    if not value:
+        return None
+    after_padding = any(part in config.model_type for part in POSITIONS_AFTER_PADDING)
+    return int(value) - (int(text.pad_token_id or 0) + 1 if after_padding else 0)
 
 
 def pick_device(name: str | None = None) -> torch.device:

@@ -13,6 +13,7 @@ from peftcli import models
 from peftcli.errors import HostError, ModelError, RecipeError
 from peftcli.recipe import ModelSection
 from peftcli.run import applying
+from peftcli.run.subject import open_subject
 from peftcli.run.training import mixed_precision
 from tests.conftest import Recorder, write_jsonl
 
@@ -28,7 +29,7 @@ def folder(model_folder, tmp_path):
 def open_model(folder, **fields):
     section = ModelSection(name=str(folder), **fields)
     source = models.locate(section)
-    return models.load_model(section, source, models.load_config(section, source), CPU)
+    return models.load_model(section, source, models.load_config(section, source), CPU)[0]
 
 
 def refused(folder, *steps, **fields):
@@ -377,7 +378,7 @@ class TestGguf:
         write_jsonl(tmp_path / "train.jsonl", [{"prompt": "abba", "completion": "bab"}] * 8)
         write_jsonl(tmp_path / "eval.jsonl", [{"prompt": "abba", "completion": "bab"}] * 2)
         train(path)
-        subject = applying.open_subject(tmp_path / "run", None, None)
+        subject = open_subject(tmp_path / "run", None, None)
         agreement, count = applying.merge(subject, tmp_path / "merged", None, Recorder(), overwrite=False)
         assert (agreement.same_choice, count) == (1.0, 14)
         merged = load_file(tmp_path / "merged" / "model.safetensors")

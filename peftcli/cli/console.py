@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -64,22 +64,3 @@ def print_sample(segments: Sequence[Segment], title: str, *, to: Console = stder
     to.print(f"[bold]{escape(title)}[/] (trained on: ⟦…⟧)")
     to.print(text)
     to.print()
-
-
-def metrics_table(results: Mapping[str, Mapping[str, float]]) -> tuple[list[str], list[list[str]]]:
-    """Returns the columns and rows that set models side by side, with the change in loss from the first."""
-    columns = ["model", "loss", "perplexity", "token accuracy", "change in loss"]
-    first = next(iter(results.values()))["eval_loss"]
-    rows = []
-    for name, metrics in results.items():
-        change = 100 * (metrics["eval_loss"] - first) / first if first else 0.0
-        rows.append(
-            [
-                name,
-                f"{metrics['eval_loss']:.4f}",
-                f"{metrics['eval_perplexity']:,.2f}",
-                f"{100 * metrics['eval_token_accuracy']:.1f} %",
-                "" if metrics is next(iter(results.values())) else f"{change:+.1f} %",
-            ]
-        )
-    return columns, rows

@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from peftcli.cli.console import stderr
+from peftcli.cli.metrics import metrics_line
 
 if TYPE_CHECKING:
     from peftcli.reporting import Metrics, Reporter
@@ -29,10 +30,7 @@ def describe(metrics: Metrics) -> str:
     if "loss" in metrics:
         parts.append(f"loss {metrics['loss']:.4f}")
     if "eval_loss" in metrics:
-        parts.append(
-            f"eval loss {metrics['eval_loss']:.4f}  perplexity {metrics['eval_perplexity']:.2f}  "
-            f"token accuracy {100 * metrics['eval_token_accuracy']:.1f} %"
-        )
+        parts.append(metrics_line(metrics))
     if "learning_rate" in metrics:
         parts.append(f"lr {metrics['learning_rate']:.2e}")
     if "grad_norm" in metrics:

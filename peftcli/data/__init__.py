@@ -5,21 +5,25 @@ sources -> rows -> formats, chat -> tokenization -> encoding -> dataset -> sampl
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from peftcli.data.dataset import EncodedDataset, EncodingReport, Sample
+from peftcli.data.meaning import Meaning
 from peftcli.errors import RecipeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from peftcli.data.images import ImageDataset, ImageReport
     from peftcli.data.rows import Rows
-    from peftcli.recipe.schema import DataSection
+    from peftcli.recipe.schema import DataSection, ModelSection
 
 __all__ = [
+    "Dataset",
     "EncodedDataset",
     "EncodingReport",
+    "Meaning",
     "PreparedData",
     "RawData",
     "Sample",
@@ -29,58 +33,90 @@ __all__ = [
     "read",
 ]
 
+Dataset: TypeAlias = "EncodedDataset | ImageDataset"
+Report: TypeAlias = "EncodingReport | ImageReport"
+
 
 @dataclass(frozen=True)
 class RawData:
-    """The rows of a run as they were read, and the format that they have."""
+    """The rows of a run as they were read, the format that they have, and what they are encoded for."""
 
     train: Rows
     eval: Rows | None
     format: str
+    meaning: Meaning = field(default_factory=Meaning)
 
 
 @dataclass(frozen=True)
 class PreparedData:
     """The samples of a run, the account of each part, and the format that the rows were read in."""
 
-    train: EncodedDataset
-    eval: EncodedDataset | None
-    train_report: EncodingReport
-    eval_report: EncodingReport | None
+    train: Dataset
+    eval: Dataset | None
+    train_report: Report
+    eval_report: Report | None
     format: str
+    meaning: Meaning = field(default_factory=Meaning)
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        """The names of the labels, by number; None where the samples have no labels."""
+        return self.meaning.labels.names if self.meaning.labels is not None else None
+
+    @property
+    def num_tasks(self) -> int:
+        """How many values the column `task` has; 1 where there is no such column."""
+        return max(len(self.meaning.tasks), 1)
 
 
-def read(data: DataSection, seed: int) -> RawData:
-    """Returns the rows that the data section names, for training and for evaluation, and their format.
+def read(data: DataSection, seed: int, model: ModelSection | None = None) -> RawData:
+    """Returns the rows that the data section names, for training and for evaluation, their format and labels.
 
-    Needs no tokenizer, so that a wrong file or column is found before anything of the model is read.
+    Needs no tokenizer, so that a wrong file, column or label is found before anything of the model is read. The labels
+    are those of all training data, what `eval_fraction` sets aside included.
 
     Args:
         data: The recipe's data section.
         seed: Decides the held-out rows.
+        model: The recipe's model section, which says what the rows are for; None for a causal language model.
 
     Raises:
-        DataError: See `sources.read_rows` and `formats.resolve_format`.
+        DataError: See `sources.read_rows`, `formats.resolve_format` and `labels.find_labels`.
     """
     from peftcli.data.formats import resolve_format
     from peftcli.data.sampling import split
     from peftcli.data.sources import read_rows
 
-    train, held_out = read_rows(data.train, "data.train"), None
+    task = "causal-lm" if model is None else model.task
+    images = task == "image-classification"
+    train, held_out = read_rows(data.train, "data.train", images=images), None
+    form = resolve_format(train, data.format, data.columns, task)
     if data.eval is not None:
-        held_out = read_rows(data.eval, "data.eval")
-    elif data.eval_fraction is not None:
+        held_out = read_rows(data.eval, "data.eval", images=images)
+        resolve_format(held_out, form, data.columns, task)
+    meaning = _meaning(train, form, data, model)
+    if data.eval_fraction is not None:
         chosen, left = split(len(train), data.eval_fraction, seed)
         train, held_out = train.select(chosen), train.select(left)
-    form = resolve_format(train, data.format, data.columns)
-    if held_out is not None:
-        resolve_format(held_out, form, data.columns)
-    return RawData(train, held_out, form)
+    return RawData(train, held_out, form, meaning)
+
+
+def _meaning(rows: Rows, form: str, data: DataSection, model: ModelSection | None) -> Meaning:
+    """Returns what training rows are encoded for."""
+    from peftcli.data.labels import LABEL_COLUMN, find_labels, task_names
+
+    tasks = task_names(rows, data.columns)
+    if model is None:
+        return Meaning(tasks=tasks)
+    labels = None
+    if form in LABEL_COLUMN:
+        labels = find_labels(rows, form, data.columns, model.problem_type, model.num_labels)
+    return Meaning(model.task, labels, tasks)
 
 
 def prepare(
     data: DataSection,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     *,
     vocab_size: int,
     max_positions: int | None,
@@ -91,45 +127,81 @@ def prepare(
 
     Args:
         data: The recipe's data section.
-        tokenizer: The model's.
-        vocab_size: Rows of the model's embedding.
+        tokenizer: The model's; None for images.
+        vocab_size: Rows of the model's embedding; 0 for images.
         max_positions: The most tokens that the model can tell apart by position; None if it has no such limit.
         seed: Decides the held-out rows.
         raw: What `read` returned for the same section and seed, if it was read before.
 
     Raises:
-        DataError: See `read` and `encoding.encode`.
+        DataError: See `read`, `encoding.encode` and `images.encode_images`.
         RecipeError: `data.max_length` is more than the model can take.
     """
-    from peftcli.data.encoding import encode
-
-    _check_length(data, max_positions)
     rows = raw or read(data, seed)
-    train, train_report = encode(rows.train, rows.format, data, tokenizer, vocab_size)
-    if rows.eval is None:
-        return PreparedData(train, None, train_report, None, rows.format)
-    held_out, eval_report = encode(rows.eval, rows.format, data, tokenizer, vocab_size)
-    return PreparedData(train, held_out, train_report, eval_report, rows.format)
+    part = _Part(data, tokenizer, vocab_size, max_positions, rows.format, rows.meaning)
+    train, train_report = part.encoded(rows.train)
+    held_out, eval_report = (None, None) if rows.eval is None else part.encoded(rows.eval)
+    return PreparedData(train, held_out, train_report, eval_report, rows.format, rows.meaning)
 
 
 def prepare_eval(
-    data: DataSection, tokenizer: PreTrainedTokenizerBase, *, vocab_size: int, max_positions: int | None, seed: int
-) -> EncodedDataset | None:
-    """Returns what `prepare` returns as `eval`, without encoding the training data; None where nothing is held out."""
-    from peftcli.data.encoding import encode
+    data: DataSection,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    vocab_size: int,
+    max_positions: int | None,
+    seed: int,
+    meaning: Meaning | None = None,
+) -> Dataset | None:
+    """Returns what `prepare` returns as `eval`, without encoding the training data; None where nothing is held out.
+
+    Args:
+        data: See `prepare`.
+        tokenizer: See `prepare`.
+        vocab_size: See `prepare`.
+        max_positions: See `prepare`.
+        seed: See `prepare`.
+        meaning: What the run found in its training data; None for a causal language model without tasks.
+    """
     from peftcli.data.formats import resolve_format
+    from peftcli.data.sampling import split
     from peftcli.data.sources import read_rows
 
-    _check_length(data, max_positions)
-    if data.eval is not None:
-        rows = read_rows(data.eval, "data.eval")
-        form = resolve_format(rows, data.format, data.columns)
-        return encode(rows, form, data, tokenizer, vocab_size)[0]
-    if data.eval_fraction is None:
+    known = meaning or Meaning()
+    images = known.task == "image-classification"
+    sources, key = (data.eval, "data.eval") if data.eval is not None else (data.train, "data.train")
+    if data.eval is None and data.eval_fraction is None:
+        _check_length(data, max_positions)
         return None
-    raw = read(data, seed)
-    assert raw.eval is not None
-    return encode(raw.eval, raw.format, data, tokenizer, vocab_size)[0]
+    rows = read_rows(sources, key, images=images)
+    form = resolve_format(rows, data.format, data.columns, known.task)
+    if data.eval is None and data.eval_fraction is not None:
+        rows = rows.select(split(len(rows), data.eval_fraction, seed)[1])
+    samples: Dataset = _Part(data, tokenizer, vocab_size, max_positions, form, known).encoded(rows)[0]
+    return samples
+
+
+@dataclass(frozen=True)
+class _Part:
+    """All that encoding rows takes, but for the rows."""
+
+    data: DataSection
+    tokenizer: PreTrainedTokenizerBase | None
+    vocab_size: int
+    max_positions: int | None
+    form: str
+    meaning: Meaning
+
+    def encoded(self, rows: Rows) -> tuple[Any, Any]:
+        """Returns the samples of `rows` and the account of them."""
+        if self.tokenizer is None:
+            from peftcli.data.images import encode_images
+
+            return encode_images(rows, self.data.columns, self.meaning)
+        from peftcli.data.encoding import encode
+
+        _check_length(self.data, self.max_positions)
+        return encode(rows, self.form, self.data, self.tokenizer, self.vocab_size, self.meaning)
 
 
 def _check_length(data: DataSection, max_positions: int | None) -> None:

@@ -4,11 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 
-from peftcli.data.collation import Batch, Layout, choose_layout, collate
+from peftcli.data.collation import Batch, Layout, choose_layout, collate, join
 from peftcli.data.dataset import EncodedDataset
+from peftcli.errors import RecipeError
+
+
+class Batches(Protocol):
+    """What a loop gets its batches from: a `Batcher`, or an `images.ImageBatcher`."""
+
+    @property
+    def dataset(self) -> Any:
+        """The samples: sized, with a `fingerprint`."""
+
+    @property
+    def num_prompts(self) -> int:
+        """How many times a batch holds each of its samples."""
+
+    def batch(self, indices: Sequence[int]) -> Any:
+        """Returns the samples at `indices` as one batch."""
+
+    def in_order_of_length(self, batch_size: int) -> Iterator[Any]:
+        """Yields every sample once."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +41,12 @@ class Batcher:
         hidden_size: The model's hidden size, for choosing the cheaper layout.
         joins: Whether a batch's samples may be laid end to end instead of padded.
         always: Join them in every batch, not just where it is cheaper.
+        prompts: Ids to put before each sample's own: prompt tuning's, from the vocabulary's size upward. With several
+            prompts, a batch holds all its samples with the first, then all with the second, and so on.
+        max_positions: The most tokens that the model can tell apart by position; None if it has no such limit.
+
+    Raises:
+        RecipeError: The longest sample and the virtual tokens are together more than `max_positions`.
     """
 
     dataset: EncodedDataset
@@ -28,11 +54,34 @@ class Batcher:
     hidden_size: int
     joins: bool
     always: bool = False
+    prompts: Sequence[tuple[int, ...]] = ()
+    max_positions: int | None = None
+
+    def __post_init__(self) -> None:
+        longest, virtual = int(self.dataset.lengths.max(initial=0)), self.num_virtual_tokens
+        if virtual and self.max_positions is not None and longest + virtual > self.max_positions:
+            raise RecipeError(
+                f"data.max_length: the longest sample has {longest:,} tokens, and with {virtual} virtual tokens before "
+                f"it that is more than the model's {self.max_positions:,} positions",
+                hint=f"set data.max_length to {self.max_positions - virtual} or less",
+            )
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """How many ids come before each sample's own."""
+        return len(self.prompts[0]) if self.prompts else 0
+
+    @property
+    def num_prompts(self) -> int:
+        """How many times a batch holds each of its samples."""
+        return max(len(self.prompts), 1)
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """Returns the samples at `indices` as one batch, in the cheaper layout of those allowed."""
         samples = [self.dataset[index] for index in indices]
-        return collate(samples, self.pad_token_id, self._layout([len(sample.input_ids) for sample in samples]))
+        layout = self._layout([len(sample.input_ids) + self.num_virtual_tokens for sample in samples])
+        goal = self.dataset.goal
+        return join([collate(samples, self.pad_token_id, layout, goal, ids) for ids in self.prompts or [()]])
 
     def _layout(self, lengths: list[int]) -> Layout:
         if not self.joins:

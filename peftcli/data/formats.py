@@ -12,6 +12,7 @@ from typing import Any
 from peftcli.data.readers import type_name
 from peftcli.data.rows import Row, Rows
 from peftcli.errors import DataError, RecipeError, did_you_mean
+from peftcli.recipe.rules import TASK_FORMATS
 
 
 @dataclass(frozen=True)
@@ -23,10 +24,13 @@ class Format:
 
 
 FORMATS: dict[str, Format] = {
-    "messages": Format(("messages",), ("tools",)),
-    "prompt-completion": Format(("prompt", "completion")),
-    "instruction": Format(("instruction", "output"), ("input",)),
-    "text": Format(("text",)),
+    "messages": Format(("messages",), ("tools", "task")),
+    "prompt-completion": Format(("prompt", "completion"), ("task",)),
+    "instruction": Format(("instruction", "output"), ("input", "task")),
+    "text": Format(("text",), ("task",)),
+    "classification": Format(("text", "label"), ("text_pair", "task")),
+    "token-classification": Format(("tokens", "tags"), ("task",)),
+    "image": Format(("image", "label"), ("task",)),
 }
 
 # What other datasets call our columns, for hints only: a guess must never decide what is trained.
@@ -36,7 +40,11 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "completion": ("answer", "response", "output", "target", "reply", "chosen"),
     "instruction": ("question", "query", "task", "prompt"),
     "output": ("answer", "response", "target", "completion"),
-    "text": ("content", "sentence", "document", "body"),
+    "text": ("content", "sentence", "document", "body", "premise", "sentence1"),
+    "label": ("labels", "class", "category", "target", "score", "answer"),
+    "tokens": ("words",),
+    "tags": ("ner_tags", "pos_tags", "labels"),
+    "image": ("img", "picture", "file", "path", "file_name"),
 }
 
 # The two prompts of Stanford Alpaca, letter for letter: models tuned on them elsewhere expect exactly these.
@@ -68,33 +76,34 @@ class Example:
     answer: str
 
 
-def resolve_format(rows: Rows, wanted: str, columns: Mapping[str, str]) -> str:
+def resolve_format(rows: Rows, wanted: str, columns: Mapping[str, str], task: str = "causal-lm") -> str:
     """Returns the format to read `rows` in.
 
     Args:
         rows: The dataset; its columns decide where `wanted` is `auto`.
-        wanted: The recipe's `data.format`.
+        wanted: The recipe's `data.format`, which suits the task.
         columns: The recipe's `data.columns`, {column that a format reads: column of the file}.
+        task: The recipe's `model.task`.
 
     Raises:
         DataError: The columns fit no format or several, or lack one that the wanted format needs.
         RecipeError: `data.columns` names a column that no format, or not the wanted one, reads.
     """
-    _check_columns(rows, wanted, columns)
+    forms = {name: FORMATS[name] for name in (TASK_FORMATS[task] if wanted == "auto" else (wanted,))}
+    _check_columns(rows, wanted, forms.values(), columns)
     found = _available(rows, columns)
     if wanted == "auto":
-        fits = [name for name, form in FORMATS.items() if _fits(form, found) and set(columns) <= _read_by(form)]
+        fits = [name for name, form in forms.items() if _fits(form, found) and set(columns) <= _read_by(form)]
         if len(fits) == 1:
             return fits[0]
-        raise _several(rows, fits) if fits else _none(rows, found, FORMATS)
+        raise _several(rows, fits) if fits else _none(rows, found, forms)
     if not _fits(FORMATS[wanted], found):
         raise _none(rows, found, {wanted: FORMATS[wanted]})
     return wanted
 
 
-def _check_columns(rows: Rows, wanted: str, columns: Mapping[str, str]) -> None:
+def _check_columns(rows: Rows, wanted: str, forms: Iterable[Format], columns: Mapping[str, str]) -> None:
     """Raises where `data.columns` maps a column that nothing reads or that the data does not have."""
-    forms = FORMATS.values() if wanted == "auto" else (FORMATS[wanted],)
     known = list(dict.fromkeys(name for form in forms for name in form.required + form.optional))
     for ours, theirs in columns.items():
         if ours not in known:

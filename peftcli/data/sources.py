@@ -18,18 +18,19 @@ if TYPE_CHECKING:
     from peftcli.recipe.schema import Source
 
 
-def read_rows(sources: Sequence[Source], section_key: str) -> Rows:
+def read_rows(sources: Sequence[Source], section_key: str, *, images: bool = False) -> Rows:
     """Returns the rows of all `sources`, one after the other.
 
     Args:
         sources: What the recipe names; at least one.
         section_key: The recipe key that names them, such as `data.train`.
+        images: Whether a folder of folders means images, with the inner folder's name as label.
 
     Raises:
         DataError: A file is missing, empty or malformed, a hub dataset cannot be had, or columns disagree.
         RecipeError: A source sets a key that means nothing for its kind.
     """
-    parts = [_read(source, section_key) for source in sources]
+    parts = [_read(source, section_key, images=images) for source in sources]
     for part in parts[1:]:
         missing = [column for column in parts[0].columns if column not in part.columns]
         extra = [column for column in part.columns if column not in parts[0].columns]
@@ -43,10 +44,14 @@ def read_rows(sources: Sequence[Source], section_key: str) -> Rows:
     return concatenate(parts)
 
 
-def _read(source: Source, section_key: str) -> Rows:
+def _read(source: Source, section_key: str, *, images: bool) -> Rows:
     """Returns the rows of one source."""
     path = Path(source.path).expanduser()
-    if path.is_dir() or not _means_file(source.path):
+    if images and path.is_dir() and any(entry.is_dir() for entry in path.iterdir()):
+        from peftcli.data.images import image_folder
+
+        rows = _slice(image_folder(path, source.path), source, section_key)
+    elif path.is_dir() or not _means_file(source.path):
         rows = _load(source, section_key)
     elif path.is_file():
         rows = _slice(read_file(path, source.path), source, section_key)
@@ -114,6 +119,9 @@ def _load(source: Source, section_key: str) -> Rows:
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         message = f"{section_key}: {str(error).strip() or type(error).__name__}"
         raise DataError(message, where=source.path, hint=_load_hint(source.path)) from error
+    for column, feature in (dataset.features or {}).items():
+        if isinstance(feature, datasets.Image):  # as bytes: pixels are read when a batch needs them
+            dataset = dataset.cast_column(column, datasets.Image(decode=False))
     name = f"{source.path}[{source.split}]"
 
     def take(wanted: Sequence[int]) -> list[Row]:

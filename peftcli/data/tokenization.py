@@ -23,10 +23,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tokenized:
-    """One sample of any length, and whether one of its tokens covers both prompt and answer."""
+    """One sample, and what is to be known of how it came about.
+
+    Attributes:
+        sample: The tokens: all of them, or, where the tokenizer must do the cutting, those within the limit.
+        length: How many tokens there were before anything was cut; of the longer text where there are two.
+        straddles: Whether one of its tokens covers both prompt and answer.
+        wordless: Words of which the tokenizer makes no token.
+    """
 
     sample: Sample
-    straddles: bool
+    length: int
+    straddles: bool = False
+    wordless: int = 0
 
 
 def encode_examples(
@@ -48,7 +57,7 @@ def encode_examples(
         straddles = bool(example.prompt) and given < len(_without_end(prompt, tokenizer))
         mask = np.ones(len(ids), np.uint8)
         mask[: 0 if train_on_all else given] = 0
-        encoded.append(Tokenized(_sample(np.array(ids, np.int32), mask), straddles))
+        encoded.append(Tokenized(_sample(np.array(ids, np.int32), mask), len(ids), straddles))
     return encoded
 
 
@@ -69,15 +78,20 @@ def encode_chats(chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase, *, t
     for chat, (ids, offsets) in zip(chats, pairs, strict=True):
         spans = ((0, len(chat.text)),) if train_on_all else chat.spans
         mask = _mask_of_spans(np.array(offsets, np.int64).reshape(-1, 2), spans)
-        encoded.append(Tokenized(_sample(np.array(ids, np.int32), mask), straddles=False))
+        encoded.append(Tokenized(_sample(np.array(ids, np.int32), mask), len(ids)))
     return encoded
 
 
 def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Returns the ids of each text, with the special tokens that the tokenizer adds by itself, but never two BOS."""
     batch: Any = tokenizer(list(texts), return_attention_mask=False, return_token_type_ids=False, verbose=False)
+    return [without_second_bos(ids, tokenizer) for ids in batch["input_ids"]]
+
+
+def without_second_bos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Returns ids with one BOS where the text had it written out and the tokenizer has put its own before it."""
     bos = tokenizer.bos_token_id
-    return [ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids for ids in batch["input_ids"]]
+    return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 
 
 def _without_end(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:

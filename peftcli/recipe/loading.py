@@ -103,7 +103,10 @@ def _method_problems(method: object, locate: Locate) -> Iterator[Problem]:
 
 def _unknown_field(name: str, key: str, where: str | None) -> Problem:
     owners = [other for other, fields in method_fields().items() if key in fields]
-    hint = f"only {' and '.join(owners)} has it" if owners else None
+    names = (
+        f"{', '.join(owners[:-1])} and {owners[-1]} have" if len(owners) > 1 else f"{owners[0]} has" if owners else ""
+    )
+    hint = f"only {names} it" if owners else None
     message = f"{dotted(('method', key))}: unknown key for {name}"
     return Problem(message, where, hint or hints.for_unknown_key(("method", key), method_fields()[name]))
 

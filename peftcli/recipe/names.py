@@ -11,6 +11,8 @@ OTHER_NAMES: dict[str, str] = {
     "model.attn_implementation": "flash_attn flash_attention use_flash_attn use_flash_attention_2 flash_attn_2"
     " attention sdp_attention sdpa_attention eager_attention attn",
     "model.gguf_file": "gguf gguf_path",
+    "model.task": "task_type task_name problem pipeline_tag",
+    "model.num_labels": "num_classes n_labels n_classes num_class",
     "data.train": "dataset datasets dataset_name train_file train_files train_dataset train_path train_data"
     " training_data data_path dataset_path dataset_id dataset_mixer data_files",
     "data.eval": "eval_dataset eval_file validation_file validation validation_data test_datasets test_file val_data"
@@ -48,6 +50,7 @@ OTHER_NAMES: dict[str, str] = {
     "training.gradient_accumulation_steps": "grad_accum gradient_accumulation accumulation_steps"
     " grad_accumulation_steps gradient_accumulation_iters accumulate_grad_batches",
     "training.learning_rate": "lr base_lr max_lr peak_lr learningrate",
+    "training.head_learning_rate": "head_lr classifier_lr classifier_learning_rate lr_head",
     "training.lr_scheduler_type": "lr_scheduler scheduler lr_schedule scheduler_type decay_lr",
     "training.warmup_ratio": "warmup lr_warmup_ratio warmup_fraction warmup_proportion",
     "training.warmup_steps": "num_warmup_steps lr_warmup_steps warmup_iters",
@@ -128,9 +131,14 @@ OTHER_VALUES: dict[str, dict[str, str]] = {
     "task": {
         **dict.fromkeys(("causal_lm", "text-generation", "clm", "sft", "lm"), "causal-lm"),
         **dict.fromkeys(
-            ("seq2seq-lm", "seq_2_seq_lm", "seq_cls", "sequence-classification", "token-classification"),
-            "only causal-lm is in this version",
+            ("seq_2_seq_lm", "seq2seq", "seq2seq_lm", "text2text-generation", "summarization"), "seq2seq-lm"
         ),
+        **dict.fromkeys(
+            ("seq_cls", "text-classification", "sequence_classification", "classification", "regression"),
+            "sequence-classification",
+        ),
+        **dict.fromkeys(("token_cls", "ner", "token_classification", "pos"), "token-classification"),
+        **dict.fromkeys(("image_classification", "vision", "image"), "image-classification"),
     },
     "dtype": {
         **dict.fromkeys(("bf16", "torch.bfloat16"), "bfloat16"),
@@ -159,6 +167,13 @@ OTHER_VALUES: dict[str, dict[str, str]] = {
         **dict.fromkeys(("sharegpt", "chat", "chatml", "conversations", "openai", "chat_template"), "messages"),
         **dict.fromkeys(("completion", "prompt_completion", "input_output"), "prompt-completion"),
         **dict.fromkeys(("raw", "pretraining", "plain"), "text"),
+        **dict.fromkeys(("sequence-classification", "text-classification", "labels", "glue"), "classification"),
+        **dict.fromkeys(("tokens", "ner", "conll", "tags"), "token-classification"),
+        **dict.fromkeys(("imagefolder", "image-classification", "images", "image_folder"), "image"),
+    },
+    "problem_type": {
+        "single_label_classification": "single-label",
+        "multi_label_classification": "multi-label",
     },
     "train_on": {**dict.fromkeys(("completion", "answers", "last"), "assistant"), "everything": "all"},
     "report_to": {

@@ -36,6 +36,33 @@ _NEED_VALUE: tuple[tuple[KeyPath, KeyPath, str | bool], ...] = (
     (("evaluation", "generate", "top_p"), ("evaluation", "generate", "do_sample"), True),
 )
 
+TASK_FORMATS: dict[str, tuple[str, ...]] = {
+    "causal-lm": ("messages", "prompt-completion", "instruction", "text"),
+    "seq2seq-lm": ("prompt-completion", "instruction"),
+    "sequence-classification": ("classification",),
+    "token-classification": ("token-classification",),
+    "image-classification": ("image",),
+}
+"""The data formats that suit each `model.task`."""
+
+_LANGUAGE = ("causal-lm", "seq2seq-lm")
+_LABELLING = ("sequence-classification", "token-classification", "image-classification")
+_TEXT = (*_LANGUAGE, "sequence-classification", "token-classification")
+
+# A field, and the tasks for which alone it does anything.
+_NEED_TASK: tuple[tuple[KeyPath, tuple[str, ...]], ...] = (
+    (("model", "gguf_file"), ("causal-lm",)),
+    (("model", "num_labels"), _LABELLING),
+    (("model", "problem_type"), ("sequence-classification",)),
+    (("data", "max_length"), _TEXT),
+    (("data", "overlong"), _TEXT),
+    (("data", "train_on"), ("causal-lm",)),
+    (("data", "padding_free"), ("causal-lm",)),
+    (("evaluation", "generate", "max_new_tokens"), _LANGUAGE),
+    (("evaluation", "generate", "do_sample"), _LANGUAGE),
+    (("training", "head_learning_rate"), _LABELLING),
+)
+
 
 def given(values: Any, path: KeyPath) -> Any:
     """Returns the value written at a path; None where there is none."""
@@ -61,6 +88,27 @@ def broken_rules(values: Mapping[str, Any], locate: Locate) -> Iterator[Problem]
         if written is not None and written != default_of(path) and other_value != value:
             message = f"{dotted(path)} does nothing without {dotted(on)}: {_plain(value)}"
             yield Problem(message, locate(path), f"set {dotted(on)}, or remove {path[-1]}")
+    yield from _task_problems(values, locate)
+
+
+def _task_problems(values: Mapping[str, Any], locate: Locate) -> Iterator[Problem]:
+    """Yields a problem for each field that does not suit `model.task`."""
+    written = given(values, ("model", "task"))
+    task = default_of(("model", "task")) if written is None else written
+    formats = TASK_FORMATS.get(task) if isinstance(task, str) else None
+    if formats is None:  # not a task: the schema says so
+        return
+    form = given(values, ("data", "format"))
+    if form in {one for forms in TASK_FORMATS.values() for one in forms} and form not in formats:
+        tasks = [one for one, forms in TASK_FORMATS.items() if form in forms]
+        message = f"data.format: {form} does not suit model.task: {task}, which reads {' or '.join(formats)}"
+        hint = f"set model.task to {' or '.join(tasks)}, or data.format to {formats[0]}"
+        yield Problem(message, locate(("data", "format")), hint)
+    for path, tasks_of in _NEED_TASK:
+        value = given(values, path)
+        if value is not None and value != default_of(path) and task not in tasks_of:
+            message = f"{dotted(path)} does nothing with model.task: {task}"
+            yield Problem(message, locate(path), f"set model.task, or remove {path[-1]}")
 
 
 def _plain(value: str | bool) -> str:

@@ -29,8 +29,18 @@ class ModelSection(Section):
     gguf_file: str | None = Field(
         default=None, min_length=1, description="Name of a GGUF file beside the model, to load the weights from it."
     )
-    task: Literal["causal-lm"] = Field(
-        default="causal-lm", description="What the model does: causal-lm continues a text."
+    task: Literal[
+        "causal-lm", "seq2seq-lm", "sequence-classification", "token-classification", "image-classification"
+    ] = Field(
+        default="causal-lm",
+        description="What the model does: continue a text, answer one with another, or label texts, words or images.",
+    )
+    num_labels: int | None = Field(
+        default=None, gt=0, description="Number of labels, checked against the data. Left out: as many as there are."
+    )
+    problem_type: Literal["auto", "single-label", "multi-label", "regression"] = Field(
+        default="auto",
+        description="What sequence-classification predicts. auto: fractions are regression, lists are multi-label.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="Number format of the base weights. auto: the one the model was saved in."
@@ -89,9 +99,16 @@ class DataSection(Section):
         lt=1,
         description="Share of the training data to set aside for evaluation, instead of `eval`.",
     )
-    format: Literal["auto", "text", "prompt-completion", "messages", "instruction"] = Field(
-        default="auto", description="What the columns mean. auto: told from their names."
-    )
+    format: Literal[
+        "auto",
+        "text",
+        "prompt-completion",
+        "messages",
+        "instruction",
+        "classification",
+        "token-classification",
+        "image",
+    ] = Field(default="auto", description="What the columns mean. auto: told from their names and model.task.")
     columns: dict[str, str] = Field(
         default_factory=dict,
         description="Columns to rename, as wanted name: name in the file, such as prompt: question.",
@@ -123,6 +140,9 @@ class TrainingSection(Section):
     )
     learning_rate: float | None = Field(
         default=None, gt=0, description="Peak learning rate. Left out: the method's own default."
+    )
+    head_learning_rate: float | None = Field(
+        default=None, gt=0, description="Learning rate of a newly made task head. Left out: the method's own default."
     )
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field(
         default="cosine",

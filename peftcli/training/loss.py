@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftcli import inject
-from peftcli.data.collation import IGNORED, Batch
+from peftcli.data.collation import Batch
+from peftcli.data.dataset import IGNORED
+from peftcli.targets import output_head
 
 
 class Scores(NamedTuple):
@@ -36,7 +38,7 @@ class Scores(NamedTuple):
 @contextmanager
 def head_sees(model: nn.Module, keep_BL: Tensor) -> Iterator[None]:
     """While entered, the model's output head gets only the hidden states [1, N, D] at `keep_BL`, in reading order."""
-    head = inject.output_head(model)
+    head = output_head(model)
     if head is None:
         yield
         return
@@ -60,16 +62,35 @@ def supervised_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     targets_BL = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)  # position t predicts token t + 1
     keep_BL = targets_BL != IGNORED
     with head_sees(getattr(model, "module", model), keep_BL):
-        output = model(**_given(batch), use_cache=False)
-    logits: Tensor = output.logits
+        logits = logits_of(model, batch, use_cache=False)
     if logits.shape[:2] == keep_BL.shape:  # a model whose head is not a module of its own
         logits = logits[keep_BL]
     return logits.reshape(-1, logits.shape[-1]), targets_BL[keep_BL]
 
 
-def _given(batch: Batch) -> dict[str, Tensor]:
-    """Returns the model's arguments that this batch's layout has."""
-    return {name: tensor for name, tensor in batch.model_inputs().items() if tensor is not None}
+def score_answers(model: nn.Module, batch: Batch, *, count_correct: bool = False) -> Scores:
+    """Returns what `score` returns, for a model that reads one text and answers with another.
+
+    The decoder's inputs are the answer shifted by the model itself.
+    """
+    inner: Any = getattr(model, "module", model)
+    keep_BM = batch.labels != IGNORED
+    shifted = inner.prepare_decoder_input_ids_from_labels(labels=batch.labels)
+    with head_sees(inner, keep_BM):
+        logits = logits_of(model, batch, decoder_input_ids=shifted, use_cache=False)
+    if logits.shape[:2] == keep_BM.shape:
+        logits = logits[keep_BM]
+    logits, targets = logits.reshape(-1, logits.shape[-1]), batch.labels[keep_BM]
+    correct = (logits.detach().argmax(dim=-1) == targets).sum() if count_correct else None
+    return Scores(F.cross_entropy(logits.float(), targets, reduction="sum"), correct)
+
+
+def logits_of(model: nn.Module, batch: Any, **options: Any) -> Tensor:
+    """Returns what `model`, whose adapters are told of the batch's tasks, makes of it."""
+    inject.see(getattr(model, "module", model), batch.task_ids)
+    given = {name: tensor for name, tensor in batch.model_inputs().items() if tensor is not None}
+    logits: Tensor = model(**given, **options).logits
+    return logits
 
 
 def score(model: nn.Module, batch: Batch, *, count_correct: bool = False) -> Scores:
@@ -81,7 +102,7 @@ def score(model: nn.Module, batch: Batch, *, count_correct: bool = False) -> Sco
 
 def score_reference(model: nn.Module, batch: Batch) -> Tensor:
     """Returns what `score`'s loss must equal: all logits, shifted by one, unsupervised positions ignored."""
-    logits = model(**_given(batch), use_cache=False).logits
+    logits = logits_of(model, batch, use_cache=False)
     loss: Tensor = F.cross_entropy(
         logits[:, :-1].flatten(0, 1).float(), batch.labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
     )

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from peftcli.cli import console, progress
+from peftcli.cli import console, metrics, progress
 from peftcli.cli.progress import LiveReporter, PlainReporter, make_reporter
 from peftcli.reporting import Silent
 
@@ -141,8 +141,8 @@ def test_a_table_of_metrics():
         "adapter": EVALUATION,
         "merged": {**EVALUATION, "eval_loss": 2.5},
     }
-    columns, rows = console.metrics_table(found)
+    columns, rows = metrics.metrics_table(found)
     assert [len(row) for row in rows] == [len(columns)] * 3
     assert [row[-1] for row in rows] == ["", "-25.0 %", "+25.0 %"]
     perfect = {"base": {**EVALUATION, "eval_loss": 0.0}, "adapter": EVALUATION}
-    assert console.metrics_table(perfect)[1][1][-1] == "+0.0 %"
+    assert metrics.metrics_table(perfect)[1][1][-1] == "+0.0 %"
