@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Any
 import peftcli
 from peftcli import files, inject
 from peftcli.checkpoint import adapter as adapter_files
+from peftcli.data.dataset import EncodedDataset
+from peftcli.models import TASK_CLASSES
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from torch import nn
+    from transformers import BaseImageProcessor, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from peftcli.data import EncodedDataset, PreparedData
+    from peftcli.data import Dataset, PreparedData
     from peftcli.recipe import Recipe
     from peftcli.training.loop import Result
 
@@ -31,8 +34,11 @@ RUN_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
     "chat_template.jinja",
+    "preprocessor_config.json",
+    "labels.json",
     "checkpoint-*",
     "merged",
+    "lora",
     "tensorboard",
 )
 """Globs of what a run writes into its folder, and so of what replacing a run removes."""
@@ -70,13 +76,25 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def parameter_counts(model: PreTrainedModel) -> dict[str, int | float]:
-    """Returns `trainable_params`, `base_params`, `total_params` and `trainable_percent` (of the total)."""
+def parameter_counts(model: nn.Module) -> dict[str, int | float]:
+    """Returns how many parameters of an adapted model are which. Works on the meta device.
+
+    `trainable_params` all that train, with those of the task's head (`head_params`) and of routers (`router_params`);
+    `base_params` what the model had before, head aside; `total_params` all; `trainable_percent` trainable / total.
+    """
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    total, head = sum(sizes.values()), sum(sizes[name] for name in inject.head_parameters(model))
+    added = router = 0
+    for part in inject.parts(model).values():
+        own = dict(part.named_parameters())
+        added += sum(parameter.numel() for parameter in own.values())
+        router += sum(own[name].numel() for name in part.router_parameters if name in own)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    total = sum(parameter.numel() for parameter in model.parameters())
     return {
         "trainable_params": trainable,
-        "base_params": total - trainable,
+        "head_params": head,
+        "router_params": router,
+        "base_params": total - added - head,
         "total_params": total,
         "trainable_percent": 100 * trainable / total,
     }
@@ -97,7 +115,7 @@ def describe(
     run: Path,
     recipe: Recipe,
     config: PretrainedConfig,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | BaseImageProcessor,
     revision: str | None,
     model: PreTrainedModel,
     prepared: PreparedData,
@@ -108,11 +126,13 @@ def describe(
     return {
         "recipe_sha256": files.sha256(run / "recipe.yaml"),
         "method": recipe.method["type"],
+        "task": recipe.model.task,
         "base_model": {"name": recipe.model.name, "revision": revision, "type": config.model_type},
         "parameters": parameter_counts(model),
         "adapted_modules": len(inject.adapters(model)),
         "data": {
             "format": prepared.format,
+            "labels": list(prepared.labels) if prepared.labels is not None else None,
             "train": _dataset(prepared.train),
             "eval": _dataset(prepared.eval) if prepared.eval is not None else None,
             "chat_template_sha256": hashlib.sha256(str(template).encode()).hexdigest() if template else None,
@@ -133,22 +153,26 @@ def describe(
     }
 
 
-def _dataset(samples: EncodedDataset) -> dict[str, Any]:
-    return {"samples": len(samples), "tokens": int(samples.offsets[-1]), "sha256": samples.fingerprint}
+def _dataset(samples: Dataset) -> dict[str, Any]:
+    tokens = {"tokens": len(samples.input_ids)} if isinstance(samples, EncodedDataset) else {}
+    return {"samples": len(samples), **tokens, "sha256": samples.fingerprint}
 
 
 def model_card(facts: Mapping[str, Any], recipe_text: str) -> str:
     """Returns the run's README.md: what the adapter is, how it did, and the recipe that repeats it."""
     base, result, counts = facts["base_model"], facts["result"], facts["parameters"]
-    evaluation = result["eval"]
+    evaluation, labels, auto = result["eval"], facts["data"]["labels"], TASK_CLASSES[facts["task"]]
+    counted = "supervised tokens" if labels is None or facts["task"] == "token-classification" else "labelled samples"
     rows = [
         ("Method", facts["method"]),
         ("Base model", f"`{base['name']}`" + (f" at `{base['revision']}`" if base["revision"] else "")),
         ("Trained parameters", f"{counts['trainable_params']:,} ({counts['trainable_percent']:.3f} % of all)"),
-        ("Optimizer steps", f"{result['steps']:,} over {result['supervised_tokens']:,} supervised tokens"),
+        ("Optimizer steps", f"{result['steps']:,} over {result['supervised_tokens']:,} {counted}"),
         ("Training loss", f"{result['train']['loss']:.4f}" if result["train"] else "not logged"),
         ("Evaluation loss", f"{evaluation['eval_loss']:.4f}" if evaluation else "not evaluated"),
     ]
+    if labels is not None:
+        rows.insert(2, ("Labels", ", ".join(labels)))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     return f"""---
 base_model: {base["name"]}
@@ -166,9 +190,9 @@ This folder is an adapter in PEFT's format:
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import {auto}
 
-model = AutoModelForCausalLM.from_pretrained("{base["name"]}")
+model = {auto}.from_pretrained("{base["name"]}"{f", num_labels={len(labels)}" if labels is not None else ""})
 model = PeftModel.from_pretrained(model, "path/to/this/folder")
 ```
 

@@ -18,10 +18,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from peftcli import files, inject
-from peftcli.checkpoint.adapter import KEY_PREFIX, Adapter, require_fit
+from peftcli import files, models
+from peftcli.checkpoint.adapter import BASE_PREFIX, SHARED_PREFIX, Adapter, require_fit
 from peftcli.errors import ModelError
-from peftcli.methods._protocol import Site
+from peftcli.methods._protocol import Method, Shared, Site
+from peftcli.targets import output_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,25 +67,108 @@ def merge_files(
         ModelError: The adapter does not fit, or an adapted weight is in none of the base's files.
     """
     weights = _shards(base)
-    sites = require_fit(skeleton, adapter)
-    _refuse_both_tied(skeleton, sites)
-    keys = {_stored_key(site.name, skeleton, weights): site for site in sites}
-    untied = _tied_copies(skeleton, keys, weights)
+    stored = _Stored(skeleton, weights)
+    changes = _Changes(skeleton, adapter, stored)
+    untied = _tied_copies(skeleton, changes.weights, stored)
     written: dict[str, str] = {}
     total_size = 0
-    for shard in sorted(set(weights.values())):
+    shards = sorted(set(weights.values()))
+    for shard in shards:
         tensors: dict[str, Tensor] = {}
         for key, tensor in _read(base / shard):
-            merged = _merged(tensor, keys[key], adapter) if key in keys else tensor
-            for name, is_merged in untied.get(key, {key: True}).items():
+            merged = changes.of(key, tensor)
+            for name, is_merged in untied.get(key, {changes.name_of(key): True}).items():
                 tensors[name] = _stored(merged if is_merged else tensor, dtype or tensor.dtype, name)
+        if shard == shards[-1]:
+            kept = dtype or next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
+            tensors |= {name: _stored(tensor, kept, name) for name, tensor in changes.new.items()}
         files.write_safetensors(target / shard, tensors, {"format": "pt"})
         written |= dict.fromkeys(tensors, shard)
         total_size += sum(tensor.nbytes for tensor in tensors.values())
-    _copy_rest(base, target, dtype, untie=bool(untied))
+    _copy_rest(base, target, dtype, {**changes.config(), **({"tie_word_embeddings": False} if untied else {})})
     if set(written.values()) != {SINGLE_FILE}:
         files.write_json(target / INDEX_FILE, {"metadata": {"total_size": total_size}, "weight_map": written})
-    return len(keys)
+    return changes.count
+
+
+class _Changes:
+    """What an adapter makes of each tensor in the base's files.
+
+    Attributes:
+        weights: The site whose weight is stored under each key.
+        biases: The same of biases.
+        whole: The parameters that the adapter holds in full, by stored key.
+        new: Those of them that the base's files lack, such as a task's head, by name.
+    """
+
+    def __init__(self, skeleton: PreTrainedModel, adapter: Adapter, stored: _Stored) -> None:
+        sites, trained = require_fit(skeleton, adapter)
+        _refuse_both_tied(skeleton, sites)
+        self.skeleton, self.adapter, self.stored = skeleton, adapter, stored
+        self.weights = {stored.require(f"{site.name}.weight"): site for site in sites}
+        biased = [site for site in sites if site.has_bias and adapter.method.merged_bias is not Method.merged_bias]
+        self.biases = {stored.require(f"{site.name}.bias"): site for site in biased}
+        tensors = {name: adapter.tensors[BASE_PREFIX + name] for name in trained}
+        keys = {name: stored.find(name) for name in trained}
+        self.whole = {key: tensors[name] for name, key in keys.items() if key is not None}
+        self.new = {name: tensors[name] for name, key in keys.items() if key is None}
+        cpu = [replace(site, device=torch.device("cpu")) for site in sites]
+        self.shared = adapter.method.shared(adapter.config, cpu, 0)
+        if self.shared is not None:
+            own = self.shared.peft_tensors()
+            self.shared.load_peft_tensors({name: adapter.tensors[SHARED_PREFIX + name] for name in own})
+
+    @property
+    def count(self) -> int:
+        """How many weights the merged model has that the base has not."""
+        return len(self.weights) + len(self.whole) + len(self.new)
+
+    def of(self, key: str, tensor: Tensor) -> Tensor:
+        """Returns what the tensor stored under `key` becomes, in float32 or wider if it changes, laid out as it is."""
+        if key in self.whole:
+            return self.whole[key]
+        if key not in self.weights and key not in self.biases:
+            return tensor
+        wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        with torch.no_grad():
+            if key in self.biases:
+                merged = self._method(self.biases[key], wide).merged_bias(wide)
+            else:
+                site = self.weights[key]
+                weight = wide if site.kind == "linear" else wide.t()
+                merged = self._method(site, weight).merged(weight)
+                merged = merged if site.kind == "linear" else merged.t()
+        if not bool(torch.isfinite(merged).all()):
+            raise ModelError(f"{key}: the merged weight holds values that are not finite")
+        return merged
+
+    def _method(self, site: Site, weight: Tensor) -> Method:
+        """Returns the adapter at `site` with its tensors."""
+        place = replace(site, device=torch.device("cpu"), dense=lambda: weight, run=None)
+        return load_method(self.adapter, place, self.shared)
+
+    def name_of(self, key: str) -> str:
+        """Returns the name to store under: with the inner model's prefix where a head comes to stand beside it."""
+        prefix = f"{self.skeleton.base_model_prefix}."
+        is_inner = self.stored.names.get(key, "").startswith(prefix) and not key.startswith(prefix)
+        return prefix + key if self.new and is_inner else key
+
+    def config(self) -> dict[str, Any]:
+        """Returns what the merged model's config.json says other than the base's."""
+        config = self.skeleton.config
+        if not self.new and config.problem_type is None:
+            return {}
+        names = ("id2label", "label2id", "problem_type", "pad_token_id")
+        facts = {name: getattr(config, name) for name in names if hasattr(config, name)}
+        return {"architectures": [type(self.skeleton).__name__], **facts}
+
+
+def load_method(adapter: Adapter, site: Site, shared: Shared | None) -> Method:
+    """Returns the adapter that `adapter` has at `site`, on its own, with its tensors."""
+    method = adapter.method(adapter.config, site, 0, shared)
+    names = method.peft_tensors()
+    method.load_peft_tensors({name: adapter.tensors[adapter.method.peft_key(site.name, name)] for name in names})
+    return method
 
 
 def _shards(base: Path) -> dict[str, str]:
@@ -115,34 +199,46 @@ def _opened(path: Path) -> Iterator[Any]:
         raise ModelError(f"{path} is missing or damaged: {error}", hint="get the base model's files again") from error
 
 
-def _stored_key(module: str, skeleton: PreTrainedModel, weights: Mapping[str, str]) -> str:
-    """Returns the key under which a module's weight is stored.
+class _Stored:
+    """Where the base's files keep the parameters of a model."""
 
-    Some checkpoints leave out the name of the inner model (`h.0…` for `transformer.h.0…`), and a tied head is stored
-    as the embedding that it shares its weight with.
-    """
-    name = f"{module}.weight"
-    prefix = f"{skeleton.base_model_prefix}."
-    candidates = [name, name.removeprefix(prefix), prefix + name]
-    head, embedding = inject.output_head(skeleton), skeleton.get_input_embeddings()
-    if _is_tied(skeleton) and skeleton.get_submodule(module) is head:
-        path = next(path for path, found in skeleton.named_modules() if found is embedding)
-        candidates += [f"{path}.weight", f"{path}.weight".removeprefix(prefix)]
-    for candidate in candidates:
-        if candidate in weights:
-            return candidate
-    raise ModelError(
-        f"{name} is in none of the base model's files", hint="this checkpoint's names differ from its model's"
-    )
+    def __init__(self, skeleton: PreTrainedModel, shards: Mapping[str, str]) -> None:
+        self.skeleton = skeleton
+        self.names = models.names_in_model(skeleton, shards)
+        self._keys = {name: key for key, name in self.names.items()}
+
+    def find(self, name: str) -> str | None:
+        """Returns the key under which the parameter `name` is stored; None where it is not.
+
+        A tied head is stored as the embedding that it shares its weight with.
+        """
+        module, _, leaf = name.rpartition(".")
+        if name not in self._keys and _is_tied(self.skeleton) and leaf == "weight":
+            embedding = self.skeleton.get_input_embeddings()
+            if self.skeleton.get_submodule(module) is output_head(self.skeleton):
+                path = next(path for path, found in self.skeleton.named_modules() if found is embedding)
+                return self._keys.get(f"{path}.weight")
+        return self._keys.get(name)
+
+    def require(self, name: str) -> str:
+        """Returns the key under which the parameter `name` is stored, or raises a ModelError."""
+        key = self.find(name)
+        if key is None:
+            raise ModelError(
+                f"{name} is in none of the base model's files as it is",
+                hint="this checkpoint's weights are laid out otherwise than its model's",
+            )
+        return key
 
 
 def _is_tied(skeleton: PreTrainedModel) -> bool:
-    return bool(getattr(skeleton.config.get_text_config(), "tie_word_embeddings", False))
+    tied = getattr(skeleton.config.get_text_config(), "tie_word_embeddings", False)
+    return bool(tied) and output_head(skeleton) is not None
 
 
 def _refuse_both_tied(skeleton: PreTrainedModel, sites: list[Site]) -> None:
     chosen = {site.name for site in sites}
-    pair = (skeleton.get_input_embeddings(), inject.output_head(skeleton))
+    pair = (skeleton.get_input_embeddings(), output_head(skeleton))
     tied = {name for name, module in skeleton.named_modules() if any(module is one for one in pair)}
     if _is_tied(skeleton) and len(tied) == 2 and tied <= chosen:
         raise ModelError(
@@ -150,9 +246,7 @@ def _refuse_both_tied(skeleton: PreTrainedModel, sites: list[Site]) -> None:
         )
 
 
-def _tied_copies(
-    skeleton: PreTrainedModel, keys: Mapping[str, Site], weights: Mapping[str, str]
-) -> dict[str, dict[str, bool]]:
+def _tied_copies(skeleton: PreTrainedModel, keys: Mapping[str, Site], stored: _Stored) -> dict[str, dict[str, bool]]:
     """Returns, for a stored weight that two modules share and one of them adapts, what to write in its place.
 
     Training adapted one of the two and left the other; the merged folder therefore holds both, untied:
@@ -161,27 +255,12 @@ def _tied_copies(
     if not _is_tied(skeleton):
         return {}
     names = {id(module): name for name, module in skeleton.named_modules()}
-    embedding, head = names[id(skeleton.get_input_embeddings())], names[id(inject.output_head(skeleton))]
-    key = _stored_key(embedding, skeleton, weights)
+    embedding, head = names[id(skeleton.get_input_embeddings())], names[id(output_head(skeleton))]
+    key = stored.require(f"{embedding}.weight")
     if key not in keys:
         return {}
     adapted = keys[key].name
     return {key: {key: adapted == embedding, f"{head}.weight": adapted == head}}
-
-
-def _merged(tensor: Tensor, site: Site, adapter: Adapter) -> Tensor:
-    """Returns the merged weight in float32 or wider, laid out as `tensor` is."""
-    wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-    weight = wide if site.kind == "linear" else wide.t()
-    place = replace(site, device=torch.device("cpu"), dense=lambda: weight)
-    method = adapter.method(adapter.config, place, 0)
-    prefix = f"{KEY_PREFIX}{site.name}."
-    method.load_peft_tensors({name: adapter.tensors[prefix + name] for name in method.peft_tensors()})
-    with torch.no_grad():
-        merged = method.merged(weight)
-    if not bool(torch.isfinite(merged).all()):
-        raise ModelError(f"{site.name}: the merged weight holds values that are not finite")
-    return merged if site.kind == "linear" else merged.t()
 
 
 def _stored(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
@@ -194,7 +273,7 @@ def _stored(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     return stored
 
 
-def _copy_rest(base: Path, target: Path, dtype: torch.dtype | None, *, untie: bool) -> None:
+def _copy_rest(base: Path, target: Path, dtype: torch.dtype | None, changes: Mapping[str, Any]) -> None:
     """Copies what belongs to the model beside its weights, and states in config.json what has changed."""
     for path in sorted(base.iterdir()):
         skipped = path.suffix in NOT_COPIED or path.name == INDEX_FILE or path.name.startswith(".")
@@ -204,9 +283,7 @@ def _copy_rest(base: Path, target: Path, dtype: torch.dtype | None, *, untie: bo
     if dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = str(dtype).removeprefix("torch.")
-    if untie:
-        config["tie_word_embeddings"] = False
-    files.write_json(target / "config.json", config)
+    files.write_json(target / "config.json", {**config, **changes})
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
@@ -219,12 +296,14 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 
 @torch.no_grad()
-def logits_of(model: nn.Module, prompts: list[list[int]], device: torch.device) -> list[Tensor]:
-    """Returns the logits [L, V] of each prompt, in float32 on the CPU."""
+def logits_of(model: nn.Module, inputs: list[dict[str, Tensor]], device: torch.device) -> list[Tensor]:
+    """Returns the logits of each of `inputs`, the forward's arguments for one sample, in float32 on the CPU.
+
+    They are [L, V] of a text's tokens, and [1, K] of a whole sample's labels.
+    """
     model.eval()
-    return [
-        model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0].float().cpu() for ids in prompts
-    ]
+    outputs = (model(**{name: one.to(device) for name, one in given.items()}).logits[0] for given in inputs)
+    return [logits.reshape(-1, logits.shape[-1]).float().cpu() for logits in outputs]
 
 
 def compare(expected: list[Tensor], found: list[Tensor]) -> Agreement:

@@ -156,6 +156,8 @@ def recipe_file(tmp_path, monkeypatch, model_folder, rows):
             "output_dir": "run",
         }
         for section, fields in sections.items():
+            if section == "method" and "type" in fields:
+                values["method"] = {}  # another method has other fields
             values[section] = (
                 {**values[section], **fields} if isinstance(fields, dict) and section in values else fields
             )

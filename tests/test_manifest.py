@@ -96,6 +96,8 @@ def test_the_manifest_is_true(finished, make_model, tmp_path, model_folder):
     trained = 2 * 4 * (2 * 96 + 2 * 72 + 3 * 128)
     assert facts["parameters"] == {
         "trainable_params": trained,
+        "head_params": 0,
+        "router_params": 0,
         "base_params": base,
         "total_params": base + trained,
         "trainable_percent": pytest.approx(100 * trained / (base + trained)),

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from peftcli import merge, models
-from peftcli.checkpoint.adapter import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE, attach, read_adapter, save_adapter
+from peftcli.checkpoint.adapter import BASE_PREFIX, CONFIG_FILE, WEIGHTS_FILE, attach, read_adapter, save_adapter
 from peftcli.errors import ModelError
-from tests.methods.building import adapt, assert_close, logits, randomise, token_ids
+from tests.methods.building import adapt, assert_close, logits, origin_of, randomise, token_ids
 from tests.tolerances import EXACT, HALF
 
 TOLERANCE = EXACT[torch.float32]
@@ -59,7 +59,7 @@ class Merging:
         config, _ = adapt(model, method, target_modules, **fields)
         randomise(model, scale)
         self.adapter_folder.mkdir()
-        save_adapter(self.adapter_folder, model, config, str(self.base), None)
+        save_adapter(self.adapter_folder, model, origin_of(method, config, base_model=str(self.base)))
         return self
 
     def run(self, dtype=None):
@@ -286,7 +286,7 @@ def test_an_adapter_of_another_base(make):
     refuses(case, 'does not fit this base model: method.target_modules: no module matches "q_proj"')
 
 
-A_KEY = f"{KEY_PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight"
+A_KEY = f"{BASE_PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
 @pytest.mark.parametrize(
@@ -315,7 +315,7 @@ def test_a_merged_weight_that_is_not_finite(method, make):
     for key in tensors:
         tensors[key] = torch.full_like(tensors[key], 1e30)
     save_file(tensors, case.adapter_folder / WEIGHTS_FILE)
-    refuses(case, "model.layers.0.self_attn.v_proj: the merged weight holds values that are not finite")
+    refuses(case, "model.layers.0.self_attn.v_proj.weight: the merged weight holds values that are not finite")
 
 
 def test_a_merged_weight_that_its_new_dtype_cannot_hold(make):
@@ -360,7 +360,7 @@ def proof(make):
     """A finished merge and a function that compares it, as it lies on the disk, with base and adapter."""
     case = make().adapt("dora")
     case.run()
-    prompts, cpu = [[5, 9, 2, 77], [3, 4]], torch.device("cpu")
+    prompts, cpu = [{"input_ids": torch.tensor([ids])} for ids in ([5, 9, 2, 77], [3, 4])], torch.device("cpu")
     expected = merge.logits_of(case.adapted(), prompts, cpu)
 
     def agreement():

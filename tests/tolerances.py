@@ -17,6 +17,9 @@ CANCELLED = {torch.float64: 1e-11, torch.float32: 1e-3}
 STANDARD_ERRORS = 5
 """How many of its standard errors a sampled mean may be from what it estimates."""
 
+PACKED = 1e-6
+"""An adapted NF4 layer and the same on a dense one that holds its dequantised weight; relative to the largest."""
+
 LOSS = 1e-6
 """A float32 loss, its logits and gradients, from the same model's rows taken in two ways; relative to the largest."""
 

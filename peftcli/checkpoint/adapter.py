@@ -21,18 +21,48 @@ from torch import Tensor, nn
 
 from peftcli import files, inject, methods
 from peftcli.errors import ModelError, PeftcliError
-from peftcli.methods._protocol import Method, Site, Targets
+from peftcli.methods._protocol import Method, MethodConfig, Site, Targets
+from peftcli.targets import is_under, task_heads
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-KEY_PREFIX = "base_model.model."
+BASE_PREFIX = "base_model.model."
+"""What comes before the name of a base parameter on file."""
+SHARED_PREFIX = "base_model."
+"""What comes before the name of a tensor that all adapters share."""
+TASK_TYPES = {
+    "causal-lm": "CAUSAL_LM",
+    "seq2seq-lm": "SEQ_2_SEQ_LM",
+    "sequence-classification": "SEQ_CLS",
+    "token-classification": "TOKEN_CLS",
+}
+"""PEFT's name of each `model.task` that it has a name for."""
 
-TARGET_FIELDS = {"target_modules", "exclude_modules", "layers_to_transform"}
+TARGET_FIELDS = {"target_modules", "exclude_modules", "layers_to_transform", "modules_to_save"}
 FACT_FIELDS = {"peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version"}
 INERT_FIELDS = {"auto_mapping", "fan_in_fan_out", "megatron_core", "qalora_group_size", "runtime_config"}
 """Fields of PEFT's that change nothing about what an adapter computes once it is trained, whatever their value."""
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "eva_", "lora_ga", "mica")
 """Starts of `init_lora_weights` values whose adapters belong to a base that PEFT has altered, not to the one named."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What an adapter's files say beside its tensors.
+
+    Attributes:
+        method: The method's class.
+        config: Its Config.
+        base_model: The base's name.
+        revision: The base's revision.
+        task: The recipe's `model.task`.
+    """
+
+    method: type[Method]
+    config: MethodConfig
+    base_model: str
+    revision: str | None
+    task: str
 
 
 @dataclass(frozen=True)
@@ -44,48 +74,80 @@ class Adapter:
         method: The method's class.
         config: The method's Config, targets included.
         base_model: The name or path of the base model it was trained on, if the file tells.
+        trained: Paths, or their ends, of the base's modules that were trained in full and are in the file.
         tensors: The tensors by their key on file.
     """
 
     folder: Path
     method: type[Method]
-    config: Targets
+    config: MethodConfig
     base_model: str | None
+    trained: tuple[str, ...]
     tensors: dict[str, Tensor]
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Returns all adapters' tensors under their keys on file."""
-    return {
-        f"{KEY_PREFIX}{path}.{suffix}": tensor.detach()
+    """Returns all that trains under its key on file: adapters, what they share, and parameters of the base."""
+    found = {
+        adapter.peft_key(path, name): tensor.detach()
         for path, adapter in inject.adapters(model).items()
-        for suffix, tensor in adapter.peft_tensors().items()
+        for name, tensor in adapter.peft_tensors().items()
     }
+    found |= {SHARED_PREFIX + name: tensor.detach() for name, tensor in _shared_tensors(model).items()}
+    return found | {BASE_PREFIX + name: tensor.detach() for name, tensor in inject.trained_base(model).items()}
 
 
-def save_adapter(folder: Path, model: nn.Module, config: Targets, base_model: str, revision: str | None) -> None:
+def _shared_tensors(model: nn.Module) -> dict[str, Tensor]:
+    shared = inject.shared_part(model)
+    return {} if shared is None else shared.peft_tensors()
+
+
+def save_adapter(folder: Path, model: nn.Module, origin: Origin, *, resumable: bool = False) -> None:
     """Writes the model's adapters into the existing `folder`, reads them again and compares.
+
+    Args:
+        folder: Where to.
+        model: The model with its adapters.
+        origin: What the files say beside the tensors.
+        resumable: Write tensors that training can go on from, where the method would save less of a finished adapter.
 
     Raises:
         HostError: The folder cannot be written.
         ModelError: What was read is not what was meant to be written.
     """
     tensors = adapter_tensors(model)
-    sites = list(inject.adapters(model))
-    method = type(next(iter(inject.adapters(model).values())))
+    if not resumable:
+        tensors = origin.method.tensors_to_peft(tensors, origin.config)
     fields = {
-        "peft_type": method.peft_type,
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
-        "revision": revision,
+        "peft_type": origin.method.peft_type_of(origin.config),
+        "task_type": TASK_TYPES.get(origin.task),
+        "base_model_name_or_path": origin.base_model,
+        "revision": origin.revision,
         "inference_mode": True,
-        "target_modules": target_names(model, sites),
-        "modules_to_save": None,
-        **method.peft_config(config),
+        **({"target_modules": target_names(model, inject.adapters(model))} if has_targets(origin.method) else {}),
+        "modules_to_save": trained_modules(model, origin) or None,
+        **origin.method.peft_config(origin.config),
+        **origin.method.peft_fields(inject.adapters(model)),
     }
     files.write_safetensors(folder / WEIGHTS_FILE, tensors, {"format": "pt"})
     files.write_json(folder / CONFIG_FILE, fields)
     _verify_saved(folder / WEIGHTS_FILE, tensors)
+
+
+def has_targets(method: type[Method]) -> bool:
+    """Returns whether the method's recipes name the modules to adapt."""
+    return issubclass(method.Config, Targets)
+
+
+def trained_modules(model: nn.Module, origin: Origin) -> list[str]:
+    """Returns the modules that train in full beside what the method trains: task heads, and what started anew."""
+    heads = task_heads(model)
+    found = set()
+    for name in inject.trained_base(model):
+        path = name.rpartition(".")[0]
+        if not origin.method.trains(origin.config, name, model.get_submodule(path)):
+            found.add(next((head for head in heads if is_under(name, head)), path))
+    return sorted(found)
 
 
 def _verify_saved(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -113,7 +175,15 @@ def read_adapter(folder: Path) -> Adapter:
     """
     fields = _read_config(folder)
     method = _method_of(fields, folder)
-    return Adapter(folder, method, _config_of(method, fields, folder), _base_of(fields), _read_tensors(folder))
+    config = _config_of(method, fields, folder)
+    tensors = method.tensors_from_peft(_read_tensors(folder), fields)
+    return Adapter(folder, method, config, _base_of(fields), tuple(fields.get("modules_to_save") or ()), tensors)
+
+
+def task_of(folder: Path) -> str:
+    """Returns the recipe's `model.task` of the adapter in `folder`: causal-lm where its file names none."""
+    named = _read_config(folder).get("task_type")
+    return next((task for task, name in TASK_TYPES.items() if name == named), "causal-lm")
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -147,7 +217,7 @@ def _method_of(fields: Mapping[str, Any], folder: Path) -> type[Method]:
     )
 
 
-def _config_of(method: type[Method], fields: Mapping[str, Any], folder: Path) -> Targets:
+def _config_of(method: type[Method], fields: Mapping[str, Any], folder: Path) -> MethodConfig:
     path = folder / CONFIG_FILE
     unknown = _unsupported(method, fields)
     if unknown:
@@ -157,13 +227,8 @@ def _config_of(method: type[Method], fields: Mapping[str, Any], folder: Path) ->
         )
     try:
         config = method.config_from_peft(fields)
-        layers = fields.get("layers_to_transform")
-        targets = {
-            "target_modules": fields["target_modules"],
-            "exclude_modules": fields.get("exclude_modules"),
-            "layers": [layers] if isinstance(layers, int) else layers or None,  # to PEFT, no layers mean all
-        }
-        checked: Targets = config.model_validate({**config.model_dump(), **targets})
+        targets = _targets_from_peft(fields) if has_targets(method) else {}
+        checked: MethodConfig = config.model_validate({**config.model_dump(), **targets})
     except ValidationError as error:
         first = error.errors()[0]
         raise ModelError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
@@ -172,6 +237,15 @@ def _config_of(method: type[Method], fields: Mapping[str, Any], folder: Path) ->
     except (TypeError, ValueError) as error:
         raise ModelError(f"{path} cannot be read: {error}") from error
     return checked
+
+
+def _targets_from_peft(fields: Mapping[str, Any]) -> dict[str, Any]:
+    layers = fields.get("layers_to_transform")
+    return {
+        "target_modules": fields["target_modules"],
+        "exclude_modules": fields.get("exclude_modules"),
+        "layers": [layers] if isinstance(layers, int) else layers or None,  # to PEFT, no layers mean all
+    }
 
 
 def _unsupported(method: type[Method], fields: Mapping[str, Any]) -> list[str]:
@@ -215,23 +289,27 @@ def attach(model: nn.Module, adapter: Adapter) -> list[Site]:
     return sites
 
 
-def require_fit(skeleton: nn.Module, adapter: Adapter) -> list[Site]:
+def require_fit(skeleton: nn.Module, adapter: Adapter) -> tuple[list[Site], list[str]]:
     """Returns the sites of `adapter` in `skeleton`, the base model on the meta device, once all its tensors fit.
+
+    Returned with them: the names of the base's parameters that the adapter replaces.
 
     Raises:
         ModelError: As `attach`; but base weights in the adapter's file are not compared, as there are none here.
     """
     weights = dict(skeleton.named_parameters(remove_duplicate=False))
     sites = _graft(skeleton, adapter)
-    own = {key: tensor for key, tensor in adapter.tensors.items() if _base_name(key) not in weights}
-    _require_same_shapes(adapter_tensors(skeleton), own, str(adapter.folder / WEIGHTS_FILE))
+    expected = adapter_tensors(skeleton)
+    own = {key: tensor for key, tensor in adapter.tensors.items() if key in expected or _base_name(key) not in weights}
+    _require_same_shapes(expected, own, str(adapter.folder / WEIGHTS_FILE))
+    trained = list(inject.trained_base(skeleton))
     inject.ungraft(skeleton)
-    return sites
+    return sites, trained
 
 
 def _graft(model: nn.Module, adapter: Adapter) -> list[Site]:
     try:
-        return inject.graft(model, adapter.method, adapter.config, seed=0)
+        return inject.graft(model, adapter.method, adapter.config, seed=0, trained=adapter.trained)
     except PeftcliError as error:
         listing = "; ".join(problem.message for problem in error.problems)
         raise ModelError(f"{adapter.folder} does not fit this base model: {listing}") from error
@@ -239,7 +317,7 @@ def _graft(model: nn.Module, adapter: Adapter) -> list[Site]:
 
 def _base_name(key: str) -> str:
     """Returns the base parameter that a key on file is of, if it is of one."""
-    return key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".")
+    return key.removeprefix(BASE_PREFIX).replace(".base_layer.", ".")
 
 
 def _without_base_copies(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
@@ -249,10 +327,11 @@ def _without_base_copies(model: nn.Module, tensors: Mapping[str, Tensor], where:
         ModelError: Such a weight is not the base model's.
     """
     weights = dict(model.named_parameters(remove_duplicate=False))
+    expected = adapter_tensors(model)
     kept = {}
     for key, tensor in tensors.items():
         name = _base_name(key)
-        if name not in weights:
+        if key in expected or name not in weights:
             kept[key] = tensor
         elif not torch.equal(tensor.to(weights[name]), weights[name]):
             raise ModelError(
@@ -270,9 +349,13 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], where: str) ->
     """
     _require_same_shapes(adapter_tensors(model), tensors, where)
     for path, adapter in inject.adapters(model).items():
-        adapter.load_peft_tensors(
-            {suffix: tensors[f"{KEY_PREFIX}{path}.{suffix}"] for suffix in adapter.peft_tensors()}
-        )
+        adapter.load_peft_tensors({name: tensors[adapter.peft_key(path, name)] for name in adapter.peft_tensors()})
+    shared = inject.shared_part(model)
+    if shared is not None:
+        shared.load_peft_tensors({name: tensors[SHARED_PREFIX + name] for name in shared.peft_tensors()})
+    with torch.no_grad():
+        for name, parameter in inject.trained_base(model).items():
+            parameter.copy_(tensors[BASE_PREFIX + name])
 
 
 def _require_same_shapes(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str) -> None:

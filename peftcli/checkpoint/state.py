@@ -2,7 +2,7 @@
 
     checkpoint-500/
       adapter_model.safetensors  adapter_config.json    # an adapter like any other: PEFT loads it
-      optimizer.safetensors                             # the optimizer's tensors, by parameter
+      optimizer.safetensors                             # the optimizer's tensors, by parameter; the method's own state
       state.json                                        # position, best evaluation, sha256 of all files and itself
 
 Data order, dropout and the learning rate are functions of the step, so none of them is stored. A folder becomes
@@ -23,13 +23,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from peftcli import files
+from peftcli import files, inject
 from peftcli.checkpoint import adapter as adapter_files
 from peftcli.errors import ModelError
-from peftcli.methods._protocol import Targets
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
+METHOD_STATE = "state"
 OWN_DIGEST = "state_sha256"
 FORMAT = 1
 
@@ -67,14 +67,12 @@ def save_checkpoint(
     progress: Progress,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    config: Targets,
-    base_model: str,
-    revision: str | None,
+    origin: adapter_files.Origin,
 ) -> Path:
     """Writes the checkpoint of the present step and returns its folder."""
     target = folder_of(run, progress.step)
     with files.new_folder(target) as folder:
-        adapter_files.save_adapter(folder, model, config, base_model, revision)
+        adapter_files.save_adapter(folder, model, origin, resumable=True)
         files.write_safetensors(folder / OPTIMIZER_FILE, optimizer_tensors(model, optimizer))
         digests = {file.name: files.sha256(file) for file in sorted(folder.iterdir())}
         state = {"format": FORMAT, "progress": asdict(progress), "sha256": digests}
@@ -152,14 +150,30 @@ def rotate(run: Path, limit: int | None, keep: set[int]) -> None:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Returns the optimizer's state as `<parameter>|<entry>` → tensor."""
+    """Returns the optimizer's state as `<parameter>|<entry>` → tensor, and the method's as `<name>|state`."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    return {
+    found = {
         f"{names[parameter]}|{entry}": torch.as_tensor(value)
         for parameter, state in optimizer.state.items()
         for entry, value in state.items()
         if value is not None
     }
+    return found | {f"{name}|{METHOD_STATE}": tensor.detach() for name, tensor in method_state(model).items()}
+
+
+def method_state(model: nn.Module) -> dict[str, Tensor]:
+    """Returns what adapters need to go on training and do not save with themselves, by name in the model.
+
+    That is their persistent buffers, such as AdaLoRA's averages, and parameters behind the saved ones, such as the
+    network that makes a reparametrised prefix.
+    """
+    found = {}
+    for path, part in inject.parts(model).items():
+        saved = {tensor.data_ptr() for tensor in part.peft_tensors().values()}
+        for name, tensor in part.state_dict(keep_vars=True).items():
+            if tensor.data_ptr() not in saved:
+                found[f"{path}.{name}"] = tensor
+    return found
 
 
 def load_optimizer_tensors(
@@ -171,8 +185,13 @@ def load_optimizer_tensors(
         ModelError: A tensor belongs to no parameter that trains.
     """
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    own_state = method_state(model)
     for key, tensor in tensors.items():
         name, _, entry = key.partition("|")
+        if entry == METHOD_STATE and name in own_state:
+            with torch.no_grad():
+                own_state[name].copy_(tensor)
+            continue
         if name not in parameters:
             raise ModelError(f"{where}: {name} is not a parameter that trains", hint="resume with the run's own recipe")
         # AdamW keeps its step counter on the CPU or beside the parameter, as its fused kernel wants it.

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from peftcli import inject
 from peftcli.checkpoint import state
 from peftcli.checkpoint.state import Progress
 from peftcli.errors import DataError, Interrupted, NumericalError
@@ -29,12 +30,13 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel
 
-    from peftcli.data.batching import Batcher
+    from peftcli.checkpoint.adapter import Origin
+    from peftcli.data.batching import Batches
     from peftcli.data.sampling import StepPlan
-    from peftcli.methods._protocol import Targets
     from peftcli.recipe import TrainingSection
     from peftcli.reporting import Metrics, Reporter
     from peftcli.training.logs import MetricsLog, TensorBoardLog
+    from peftcli.training.objectives import Objective
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,11 @@ class Task:
     Attributes:
         run: The output folder.
         model: The base model with its adapters, not yet prepared by Accelerate.
-        config: The method's Config, for the adapter files.
-        base_model: The base's name, for the adapter files.
-        revision: The base's revision, likewise.
+        origin: What adapter files say beside the tensors; the method and its Config among it.
         settings: The recipe's training section.
         learning_rate: The peak learning rate.
+        head_learning_rate: That of the task's head.
+        objective: Returns the summed loss of a batch.
         plan: Which samples each step sees.
         batcher: Turns samples into batches.
         evaluate: Returns the metrics of the evaluation set, names starting with `eval_`; None without such a set.
@@ -58,13 +60,13 @@ class Task:
 
     run: Path
     model: PreTrainedModel
-    config: Targets
-    base_model: str
-    revision: str | None
+    origin: Origin
     settings: TrainingSection
     learning_rate: float
+    head_learning_rate: float
+    objective: Objective
     plan: StepPlan
-    batcher: Batcher
+    batcher: Batches
     evaluate: Callable[[], dict[str, float]] | None
     reporter: Reporter
     logs: list[MetricsLog | TensorBoardLog]
@@ -95,7 +97,9 @@ class Trainer:
         self.accelerator = accelerator
         self.parameters = optimizers.trainable_parameters(task.model)
         checks.something_trains(self.parameters)
-        self.optimizer = optimizers.make_optimizer(task.model, task.settings, task.learning_rate)
+        self.optimizer = optimizers.make_optimizer(
+            task.model, task.settings, task.learning_rate, task.head_learning_rate
+        )
         self.progress = Progress(data=task.batcher.dataset.fingerprint)
         self.total = schedule.total_steps(task.settings, task.plan.steps_per_epoch)
         self.factor = schedule.learning_rate_schedule(task.settings, self.total)
@@ -156,21 +160,25 @@ class Trainer:
 
     def _step(self) -> None:
         """Does one optimizer step, or raises a NumericalError without having changed a weight."""
-        step, settings = self.progress.step, self.task.settings
-        micro_batches = self.task.plan.step(step)
-        batches = [self.task.batcher.batch(indices) for indices in micro_batches]
+        task, step, settings = self.task, self.progress.step, self.task.settings
+        micro_batches = task.plan.step(step)
+        batches = [task.batcher.batch(indices) for indices in micro_batches]
         tokens = self._sum_over_ranks(sum(batch.num_supervised for batch in batches))
         all_tokens = self._sum_over_ranks(sum(batch.num_tokens for batch in batches))
         optimizers.set_learning_rate(self.optimizer, self.factor(step))
         summed = torch.zeros((), device=self.accelerator.device)
         for position, batch in enumerate(batches):
             summed += self._backward(batch, tokens, position, last=position == len(batches) - 1)
+        self._backward_penalty()
         if step == 0:
             checks.gradients_arrived(self.parameters)
+        task.origin.method.before_step(task.origin.config, inject.adapters(task.model))
         norm = self.accelerator.clip_grad_norm_(self.parameters.values(), settings.max_grad_norm or math.inf)
         total_loss = float(self._sum_over_ranks(summed)) / tokens
         self._refuse_unless_finite(total_loss, norm, micro_batches)
         self.prepared.step()
+        if not self.prepared.step_was_skipped:
+            task.origin.method.after_step(task.origin.config, inject.adapters(task.model), step + 1, self.total)
         self.prepared.zero_grad()
         self.progress.step += 1
         self.progress.tokens += int(tokens)
@@ -184,13 +192,20 @@ class Trainer:
         # Ranks average their gradients: their number undoes that, so the sum is over all tokens of the step.
         scale = self.accelerator.num_processes / tokens
         if last:
-            summed = loss.score(self.model, batch).loss
+            summed = self.task.objective(self.model, batch)
             self.accelerator.backward(summed * scale)
         else:
             with self.accelerator.no_sync(self.model):
-                summed = loss.score(self.model, batch).loss
+                summed = self.task.objective(self.model, batch)
                 self.accelerator.backward(summed * scale)
         return summed.detach()
+
+    def _backward_penalty(self) -> None:
+        """Adds the gradient of the method's own penalty, once for the whole step and alike on every rank."""
+        method, config = self.task.origin.method, self.task.origin.config
+        penalty = method.penalty(config, inject.adapters(self.task.model).values())
+        if penalty is not None:
+            self.accelerator.backward(penalty)
 
     def _sum_over_ranks(self, value: float | Tensor) -> float:
         if self.accelerator.num_processes == 1:
@@ -267,9 +282,7 @@ class Trainer:
         task = self.task
         if self.accelerator.scaler is not None:
             self.progress.loss_scale = self.accelerator.scaler.state_dict()
-        state.save_checkpoint(
-            task.run, self.progress, task.model, self.optimizer, task.config, task.base_model, task.revision
-        )
+        state.save_checkpoint(task.run, self.progress, task.model, self.optimizer, task.origin)
         keep = {self.progress.best_step} if task.settings.load_best_at_end else set()
         state.rotate(task.run, task.settings.save_total_limit, keep)
 

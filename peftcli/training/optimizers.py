@@ -19,24 +19,27 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def make_optimizer(model: nn.Module, settings: TrainingSection, learning_rate: float) -> torch.optim.Optimizer:
+def make_optimizer(
+    model: nn.Module, settings: TrainingSection, learning_rate: float, head_learning_rate: float
+) -> torch.optim.Optimizer:
     """Returns the optimizer that the recipe names.
 
-    Parameters are grouped by their method's learning-rate factor and by whether they decay. Vectors (DoRA's magnitude,
-    biases) never do: decay pulls towards 0, and that is not where a length or an offset should go.
+    Parameters are grouped by their learning rate and by whether they decay. Vectors (DoRA's magnitude, biases) never
+    do: decay pulls towards 0, and that is not where a length or an offset should go.
     """
-    factors = {
-        f"{path}.{inject.ADAPTER}.{name}": factor
-        for path, adapter in inject.adapters(model).items()
-        for name, factor in adapter.learning_rate_factors().items()
+    rates = {
+        f"{path}.{name}": learning_rate * factor
+        for path, part in inject.parts(model).items()
+        for name, factor in part.learning_rate_factors().items()
     }
+    rates |= dict.fromkeys(inject.head_parameters(model), head_learning_rate)
     groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in trainable_parameters(model).items():
         decay = settings.weight_decay if parameter.ndim > 1 else 0.0
-        groups[factors.get(name, 1.0), decay].append(parameter)
+        groups[rates.get(name, learning_rate), decay].append(parameter)
     described: list[dict[str, Any]] = [
-        {"params": parameters, "lr": learning_rate * factor, "peak_lr": learning_rate * factor, "weight_decay": decay}
-        for (factor, decay), parameters in groups.items()
+        {"params": parameters, "lr": rate, "peak_lr": rate, "weight_decay": decay}
+        for (rate, decay), parameters in groups.items()
     ]
     if settings.optim == "sgd":
         return torch.optim.SGD(described, lr=learning_rate)

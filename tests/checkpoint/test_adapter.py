@@ -9,14 +9,14 @@ from safetensors.torch import load_file, save_file
 
 from peftcli import files, inject
 from peftcli.checkpoint import adapter as adapter_files
-from peftcli.checkpoint.adapter import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE, attach, read_adapter, save_adapter
+from peftcli.checkpoint.adapter import BASE_PREFIX, CONFIG_FILE, WEIGHTS_FILE, attach, read_adapter, save_adapter
 from peftcli.errors import HostError, ModelError
-from tests.methods.building import adapt, logits, randomise, token_ids
+from tests.methods.building import adapt, logits, origin_of, randomise, token_ids
 
 TARGETS = ["q_proj", "down_proj"]
-A_KEY = f"{KEY_PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight"
-B_KEY = f"{KEY_PREFIX}model.layers.1.mlp.down_proj.lora_B.weight"
-M_KEY = f"{KEY_PREFIX}model.layers.0.self_attn.q_proj.lora_magnitude_vector"
+A_KEY = f"{BASE_PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight"
+B_KEY = f"{BASE_PREFIX}model.layers.1.mlp.down_proj.lora_B.weight"
+M_KEY = f"{BASE_PREFIX}model.layers.0.self_attn.q_proj.lora_magnitude_vector"
 
 
 def write(folder, model, name="lora", targets=TARGETS, **fields):
@@ -24,7 +24,7 @@ def write(folder, model, name="lora", targets=TARGETS, **fields):
     config, _ = adapt(model, name, targets, **{"r": 4, "alpha": 6.0, **fields})
     randomise(model)
     folder.mkdir(exist_ok=True)
-    save_adapter(folder, model, config, "org/base", "main")
+    save_adapter(folder, model, origin_of(name, config, base_model="org/base"))
     return config
 
 
@@ -111,7 +111,10 @@ TENSOR_DAMAGES = {
     "truth values": (put(B_KEY, lambda t: t > 0), f"{B_KEY} holds torch.bool"),
     "NaN": (put(B_KEY, poke(float("nan"))), f"{B_KEY} holds values that are not finite"),
     "infinity": (put(B_KEY, poke(float("-inf"))), f"{B_KEY} holds values that are not finite"),
-    "a base weight": (put(KEY_PREFIX + "model.norm.weight", lambda _: torch.zeros(48)), "other than this base model's"),
+    "a base weight": (
+        put(BASE_PREFIX + "model.norm.weight", lambda _: torch.zeros(48)),
+        "other than this base model's",
+    ),
     "no tensors": (set_tensors(dict.clear), f"{A_KEY} is missing"),
     "no weights file": (lambda folder: (folder / WEIGHTS_FILE).unlink(), f"it has no {WEIGHTS_FILE}"),
     "a pickle alone": (only_a_pickle, "adapter_model.bin is a pickle and is never read"),
@@ -163,7 +166,6 @@ CONFIG_DAMAGES = {
 }
 
 UNSUPPORTED = {
-    "modules_to_save": ["lm_head"],
     "bias": "all",
     "lora_bias": True,
     "trainable_token_indices": [3],
@@ -209,8 +211,8 @@ def test_a_setting_that_would_be_lost_is_refused_by_name(key, value, saved, make
 
 def test_settings_that_would_be_lost_are_all_named(saved, make_model):
     folder = saved()
-    set_config(bias="lora_only", modules_to_save=["lm_head"])(folder)
-    refuses(folder, make_model(), "modules_to_save = ['lm_head'], bias = lora_only, which")
+    set_config(bias="lora_only", layer_replication=[[0, 2]])(folder)
+    refuses(folder, make_model(), "layer_replication = [[0, 2]], bias = lora_only, which")
 
 
 @pytest.mark.parametrize("init", CHANGE_THE_BASE)
@@ -382,7 +384,7 @@ def test_a_folder_that_cannot_be_written(make_model, tmp_path):
     model = make_model()
     config, _ = adapt(model, "lora", TARGETS)
     with pytest.raises(HostError, match="cannot write"):
-        save_adapter(tmp_path / "nowhere", model, config, "org/base", None)
+        save_adapter(tmp_path / "nowhere", model, origin_of("lora", config))
 
 
 def test_tensors_are_read_by_name_not_by_order(saved, make_model):

@@ -12,7 +12,7 @@ from peftcli.checkpoint import state
 from peftcli.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE
 from peftcli.checkpoint.state import OPTIMIZER_FILE, STATE_FILE, Progress
 from peftcli.errors import ModelError
-from tests.methods.building import adapt, trainable
+from tests.methods.building import adapt, origin_of, trainable
 
 PROGRESS = Progress(2, 1234, 0.1 + 0.2, 1, 3, {"scale": 65536.0, "growth_tracker": 7})
 FILES = [CONFIG_FILE, WEIGHTS_FILE, OPTIMIZER_FILE, STATE_FILE]
@@ -23,7 +23,8 @@ class Run:
 
     def __init__(self, folder, model, method="lora", optimizer=torch.optim.AdamW, **settings):
         self.folder, self.model = folder, model
-        self.config, _ = adapt(model, method, ["q_proj", "v_proj"])
+        config, _ = adapt(model, method, ["q_proj", "v_proj"])
+        self.origin = origin_of(method, config)
         options = {"lr": 0.01, **({"fused": True} if optimizer is torch.optim.AdamW else {}), **settings}
         self.optimizer = optimizer(trainable(model).values(), **options)
 
@@ -35,7 +36,7 @@ class Run:
 
     def save(self, step=2, progress=PROGRESS):
         progress = Progress(**{**vars(progress), "step": step})
-        return state.save_checkpoint(self.folder, progress, self.model, self.optimizer, self.config, "base", None)
+        return state.save_checkpoint(self.folder, progress, self.model, self.optimizer, self.origin)
 
     def load(self, folder):
         return state.load_checkpoint(folder, self.model, self.optimizer)
@@ -103,7 +104,7 @@ def test_pissa_resumes_with_its_start(tmp_path, make_model):
     with torch.no_grad():
         sites[0].A.add_(1)
         sites[1].A0.zero_()
-    folder = state.save_checkpoint(tmp_path, Progress(1), models[0], optimizers[0], config, "base", None)
+    folder = state.save_checkpoint(tmp_path, Progress(1), models[0], optimizers[0], origin_of("lora", config))
     state.load_checkpoint(folder, models[1], optimizers[1])
     for name in ("A", "B", "A0", "B0"):
         assert torch.equal(getattr(sites[0], name), getattr(sites[1], name))
@@ -204,7 +205,7 @@ class ProgressOfTomorrow(Progress):
 def test_a_checkpoint_of_a_version_with_other_fields_is_set_aside(saved):
     run, older = saved
     progress = ProgressOfTomorrow(step=5)
-    state.save_checkpoint(run.folder, progress, run.model, run.optimizer, run.config, "base", None)
+    state.save_checkpoint(run.folder, progress, run.model, run.optimizer, run.origin)
     assert f"{STATE_FILE} cannot be read" in newest_is(run, older)[0]
 
 

@@ -5,6 +5,7 @@ import pytest
 
 from peftcli import inject, methods
 from peftcli.checkpoint import adapter as adapter_files
+from peftcli.checkpoint.adapter import Origin
 from peftcli.data.batching import Batcher
 from peftcli.data.dataset import EncodedDataset, Sample
 from peftcli.data.sampling import StepPlan
@@ -43,6 +44,7 @@ def make_trainer(make_model, tmp_path):
 
         from peftcli.training.logs import MetricsLog
         from peftcli.training.loop import Task, Trainer
+        from peftcli.training.objectives import objective
 
         kind = methods.load(method)
         config = kind.Config.model_validate({"r": 4, **(fields or {})})
@@ -61,11 +63,11 @@ def make_trainer(make_model, tmp_path):
         task = Task(
             run=tmp_path,
             model=model,
-            config=config,
-            base_model="tiny",
-            revision=None,
+            origin=Origin(kind, config, "tiny", None, "causal-lm"),
             settings=settings,
             learning_rate=settings.learning_rate,
+            head_learning_rate=settings.learning_rate,
+            objective=objective("causal-lm"),
             plan=StepPlan(len(samples), size, accumulation, settings.seed),
             batcher=Batcher(samples, 1, 48, joins, joins),
             evaluate=None if found is None else evaluate,

@@ -31,7 +31,7 @@ def groups_by_parameter(model, optimizer):
 
 def test_every_parameter_that_trains_and_no_other(adapted):
     model = adapted("dora")
-    optimizer = make_optimizer(model, TrainingSection(), 0.1)
+    optimizer = make_optimizer(model, TrainingSection(), 0.1, 0.1)
     given = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert len(given) == len(wanted) == 3 * 14
@@ -43,7 +43,7 @@ def test_every_parameter_that_trains_and_no_other(adapted):
 @pytest.mark.parametrize("name", ["lora", "dora"])
 def test_lora_plus_and_no_decay_on_vectors(adapted, name, optim):
     model = adapted(name, loraplus_lr_ratio=16.0)
-    optimizer = make_optimizer(model, TrainingSection(weight_decay=0.25, optim=optim), 0.1)
+    optimizer = make_optimizer(model, TrainingSection(weight_decay=0.25, optim=optim), 0.1, 0.1)
     found = groups_by_parameter(model, optimizer)
     assert {kind: (round(group["lr"], 9), group["weight_decay"]) for kind, group in found.items()} == {
         "A": (0.1, 0.25),
@@ -58,10 +58,10 @@ def test_lora_plus_and_no_decay_on_vectors(adapted, name, optim):
 
 def test_adamw_takes_the_recipes_values(adapted):
     settings = TrainingSection(adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6)
-    (group,) = make_optimizer(adapted("lora"), settings, 0.1).param_groups
+    (group,) = make_optimizer(adapted("lora"), settings, 0.1, 0.1).param_groups
     assert (group["betas"], group["eps"], group["lr"], group["weight_decay"]) == ((0.8, 0.95), 1e-6, 0.1, 0.0)
 
 
 @pytest.mark.parametrize(("optim", "kind"), [("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)])
 def test_the_optimizer_that_is_named(adapted, optim, kind):
-    assert type(make_optimizer(adapted("lora"), TrainingSection(optim=optim), 0.1)) is kind
+    assert type(make_optimizer(adapted("lora"), TrainingSection(optim=optim), 0.1, 0.1)) is kind

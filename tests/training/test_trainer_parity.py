@@ -26,7 +26,8 @@ def _rows_in_order(samples):
     plan = StepPlan(len(samples), BATCH, ACCUMULATION, SEED)
     order = [index for step in range(STEPS) for micro in plan.step(step) for index in micro]
     chosen = [samples[index] for index in order]
-    return [{"input_ids": ids.tolist(), "labels": np.where(marks, ids, IGNORED).tolist()} for ids, marks in chosen]
+    labels = [np.where(one.supervised, one.input_ids, IGNORED).tolist() for one in chosen]
+    return [{"input_ids": one.input_ids.tolist(), "labels": own} for one, own in zip(chosen, labels, strict=True)]
 
 
 def _padded(rows):
@@ -48,7 +49,7 @@ def _peft_model(base, loaded):
 
     method, fields = methods.load(loaded.recipe.method["type"]), loaded.recipe.method
     config = method.Config.model_validate(dict(fields))
-    ours = models.load_model(base.section, base.source, base.config, torch.device("cpu"))
+    ours, _ = models.load_model(base.section, base.source, base.config, torch.device("cpu"))
     inject.graft(ours, method, config, SEED)
     start = {
         f"base_model.model.{path}.{name}": tensor.detach().clone()
