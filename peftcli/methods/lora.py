@@ -9,6 +9,10 @@ Init: A uniform in ±1/√I and B = 0, so that the model starts as its base; `in
 Trainable per site: r (I + O).
 Merge: W' = W + s·B A.
 
+LoRA-FA (Zhang et al. 2023, arXiv 2308.03303), `lora_fa`, leaves A as it starts: half the optimizer's state, and of a
+layer's input only x Aᵀ [..., r] is kept for the backward pass. `projected` takes the step of B whose s·B A comes
+nearest to a step of W itself, by B's gradient times (A Aᵀ)⁻¹ / s², as PEFT's `create_lorafa_optimizer` does.
+
 Deviates from the paper: A starts uniform (as the authors' code does) where the text says Gaussian. On an embedding A
 is 0 and B Gaussian, as in the authors' code. PiSSA never changes the frozen weight: the start of `s·B A` is subtracted
 from the update instead, which is the same function and needs no second copy of the base.
@@ -18,7 +22,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -26,9 +30,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcli.methods._protocol import Base, Method, Site, Targets
+from peftcli.methods._protocol import Base, Method, Shared, Site, Targets
 from peftcli.ops.dropout import dropout
-from peftcli.ops.low_rank import add_low_rank, merged_low_rank
+from peftcli.ops.low_rank import add_low_rank, merged_low_rank, projected_gradient
 
 Init = Literal["kaiming", "gaussian", "pissa", "orthogonal"]
 
@@ -44,6 +48,9 @@ class LoRAConfig(Targets):
     init: Init = Field("kaiming", description="How A and B start: kaiming and gaussian with B = 0; pissa from W's SVD.")
     loraplus_lr_ratio: float | None = Field(
         None, gt=0, description="LoRA+: B learns at this multiple of the learning rate (the paper suggests 16)."
+    )
+    lora_fa: Literal["projected"] | bool = Field(
+        False, description="LoRA-FA: A stays as it starts. projected: B steps as near to full training as A allows."
     )
     rank_pattern: dict[str, int] = Field(
         default_factory=dict, description="Ranks of chosen modules: a module path's end or a regular expression → r."
@@ -64,6 +71,16 @@ class LoRAConfig(Targets):
                     raise ValueError(f"{field}: {pattern} is not a regular expression: {error}") from error
         if self.init == "orthogonal" and any(r % 2 for r in (self.r, *self.rank_pattern.values())):
             raise ValueError("init orthogonal splits r into two halves: r must be even")
+        return self
+
+    @model_validator(mode="after")
+    def _lora_fa_is_possible(self) -> LoRAConfig:
+        if self.lora_fa and type(self) is not LoRAConfig:
+            raise ValueError(f"lora_fa: an option of lora alone; {self.type} trains A too")
+        if self.lora_fa and self.loraplus_lr_ratio:
+            raise ValueError("lora_fa: A does not train, so loraplus_lr_ratio has no rate of A to multiply")
+        if self.lora_fa == "projected" and self.init == "orthogonal":
+            raise ValueError("lora_fa: projected needs an A of full rank, and init orthogonal makes one of half")
         return self
 
     def rank_at(self, name: str) -> int:
@@ -87,18 +104,18 @@ class LoRA(Method):
     default_learning_rate = 2e-4
     peft_type = "LORA"
 
-    def __init__(self, config: LoRAConfig, site: Site, seed: int) -> None:
-        super().__init__(config, site, seed)
+    def __init__(self, config: LoRAConfig, site: Site, seed: int, shared: Shared | None = None) -> None:
+        super().__init__(config, site, seed, shared)
         self.kind = site.kind
         self.scale = config.scale_at(site.name)
         self.dropout = config.dropout
         self.loraplus_lr_ratio = config.loraplus_lr_ratio
         A, B = initial_factors(config.init, config.rank_at(site.name), self.scale, site, seed)
-        self.A = nn.Parameter(A.to(site.device))
+        self.A = nn.Parameter(A.to(site.device), requires_grad=not config.lora_fa)
         self.B = nn.Parameter(B.to(site.device))
         moved = config.init == "pissa"
-        self.register_buffer("A0", self.A.detach().clone() if moved else None)
-        self.register_buffer("B0", self.B.detach().clone() if moved else None)
+        self.register_buffer("A0", self.A.detach().clone() if moved else None, persistent=False)
+        self.register_buffer("B0", self.B.detach().clone() if moved else None, persistent=False)
         self.A0: Tensor | None
         self.B0: Tensor | None
 
@@ -122,6 +139,14 @@ class LoRA(Method):
         return merged_low_rank(weight, *self.factors())
 
     @classmethod
+    def not_low_rank(cls, config: LoRAConfig) -> str | None:
+        return None
+
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        A, B, scale = self.factors()
+        return A, scale * B
+
+    @classmethod
     def check(cls, config: LoRAConfig, sites: list[Site]) -> list[str]:
         names = [site.name for site in sites]
         problems = []
@@ -129,13 +154,16 @@ class LoRA(Method):
             for pattern in getattr(config, field):
                 if not any(_pattern_matches(pattern, name) for name in names):
                     problems.append(f"{field}: {pattern} matches none of the adapted modules")
-        for site in sites:
-            r, largest = config.rank_at(site.name), min(site.in_features, site.out_features)
-            if r > largest:
-                size = f"{site.in_features} × {site.out_features}"
-                problems.append(f"r: {r} is more than the {largest} that {site.name} ({size}) can have")
-                break  # one example says it; the others have the same cause
-        return problems
+        if config.lora_fa and config.init in ("kaiming", "gaussian"):
+            embeddings = [site.name for site in sites if site.kind == "embedding"]
+            problems += [f"lora_fa: {name} is an embedding, whose A starts at 0 and would stay" for name in embeddings]
+        return problems + rank_problems(sites, config.rank_at)
+
+    @classmethod
+    def before_step(cls, config: LoRAConfig, adapters: Mapping[str, Any]) -> None:
+        for adapter in adapters.values() if config.lora_fa == "projected" else ():
+            if adapter.B.grad is not None:
+                adapter.B.grad = projected_gradient(adapter.B.grad, adapter.A, adapter.scale)
 
     def learning_rate_factors(self) -> Mapping[str, float]:
         return {"B": self.loraplus_lr_ratio} if self.loraplus_lr_ratio else {}
@@ -182,6 +210,15 @@ class LoRA(Method):
         return LoRAConfig(**lora_fields_from_peft(fields))
 
 
+def rank_problems(sites: Iterable[Site], rank_at: Callable[[str], int]) -> list[str]:
+    """Returns what is wrong with the rank that `rank_at` gives each site, told of one: the others have its cause."""
+    for site in sites:
+        r, largest = rank_at(site.name), min(site.in_features, site.out_features)
+        if r > largest:
+            return [f"r: {r} is more than the {largest} that {site.name} ({site.size}) can have"]
+    return []
+
+
 def lora_fields_from_peft(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields of `Config` that an adapter_config.json of type LORA describes, without the targets."""
     return {
@@ -196,6 +233,8 @@ def lora_fields_from_peft(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def initial_factors(init: Init, r: int, scale: float, site: Site, seed: int) -> tuple[Tensor, Tensor]:
     """Returns the start of `A` [r, I] and `B` [O, r] in float32 on the CPU."""
+    if site.device.type == "meta":
+        return torch.empty(r, site.in_features, device="meta"), torch.empty(site.out_features, r, device="meta")
     generator = site.generator(seed)
     if init == "pissa":
         return pissa(site.dense(), r, scale)

@@ -4,7 +4,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from peftcli import inject, methods
+from peftcli import inject, methods, sites
+from peftcli.checkpoint.adapter import Origin
 
 KINDS = ("linear", "conv1d", "embedding")
 IN, OUT = 24, 40
@@ -19,6 +20,8 @@ class Holder(nn.Module):
             self.target = nn.Linear(IN, OUT)
         elif kind == "embedding":
             self.target = nn.Embedding(IN, OUT)
+        elif kind == "nf4":
+            self.target = packed(nn.Linear(IN, OUT))
         else:
             from transformers.pytorch_utils import Conv1D
 
@@ -33,6 +36,8 @@ class Holder(nn.Module):
 
     @property
     def W(self):  # [O, I]
+        if self.kind == "nf4":
+            return sites.dense_weight(self.target, "linear")
         weight = self.target.weight.detach()
         return weight if self.kind == "linear" else weight.t()
 
@@ -40,9 +45,22 @@ class Holder(nn.Module):
     def b(self):
         return 0 if self.kind == "embedding" else self.target.bias.detach()
 
-    def plain(self, x, W):
-        """Returns `x Wᵀ + b`, or W's columns that the ids `x` name."""
-        return F.embedding(x, W.t()) if self.kind == "embedding" else F.linear(x, W, self.b)
+    def plain(self, x, W, b=None):
+        """Returns `x Wᵀ + b`, or W's columns that the ids `x` name; `b` is the module's own unless given."""
+        return F.embedding(x, W.t()) if self.kind == "embedding" else F.linear(x, W, self.b if b is None else b)
+
+
+def packed(linear):
+    """Returns a linear layer whose weight is that of `linear` in NF4, with double quantisation."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    layer = Linear4bit(linear.in_features, linear.out_features, compute_dtype=torch.float32, quant_type="nf4")
+    layer.weight = Params4bit(
+        linear.weight.detach().clone(), requires_grad=False, quant_type="nf4", compress_statistics=True
+    )
+    layer.bias = nn.Parameter(linear.bias.detach().clone())
+    layer.support_avx512bf16_for_cpu = False  # it would repack the weight in eval mode and compute in bfloat16
+    return layer.to("cpu")  # packs
 
 
 def inputs(kind, dtype=torch.float32, length=7):
@@ -50,11 +68,25 @@ def inputs(kind, dtype=torch.float32, length=7):
     return torch.randint(IN, (3, length)) if kind == "embedding" else torch.randn(3, length, IN, dtype=dtype)
 
 
+SMALL = {
+    "r": 4,
+    "target_r": 2,
+    "num_heads": 2,
+    "vector_length": 8,
+    "num_vectors": 12,
+    "n_frequency": 20,
+    "bottleneck_size": 4,
+    "num_virtual_tokens": 3,
+}
+"""Values of methods' fields that fit tiny modules."""
+
+
 def config_for(name, target_modules="target", **fields):
-    """Returns a config of the method called `name`, of a rank that fits tiny modules."""
+    """Returns a config of the method called `name`, of a size that fits tiny modules."""
     config = methods.load(name).Config
-    small = {"r": 4} if "r" in config.model_fields else {}
-    return config.model_validate({"type": name, "target_modules": target_modules, **small, **fields})
+    small = {field: value for field, value in SMALL.items() if field in config.model_fields}
+    chosen = {"target_modules": target_modules} if "target_modules" in config.model_fields else {}
+    return config.model_validate({"type": name, **chosen, **small, **fields})
 
 
 def adapt(model, name, target_modules="target", seed=0, **fields):
@@ -63,11 +95,18 @@ def adapt(model, name, target_modules="target", seed=0, **fields):
     return config, inject.graft(model, methods.load(name), config, seed)
 
 
+def origin_of(name, config, **changes):
+    """Returns what the files of an adapter of the method called `name` say beside its tensors."""
+    facts = {"base_model": "base", "revision": "main", "task": "causal-lm", **changes}
+    return Origin(methods.load(name), config, **facts)
+
+
 def adapted_holder(name, kind="linear", dtype=torch.float64, *, noisy=True, **fields):
     """Returns a grafted `Holder` whose adapter is of `dtype` too, with random tensors unless `noisy` is false."""
     holder = Holder(kind, dtype)
     adapt(holder, name, **fields)
-    holder.target.adapter.to(dtype)
+    for part in inject.parts(holder).values():
+        part.to(dtype)
     if noisy:
         randomise(holder)
     return holder
@@ -75,10 +114,9 @@ def adapted_holder(name, kind="linear", dtype=torch.float64, *, noisy=True, **fi
 
 @torch.no_grad()
 def randomise(model, scale=0.3):
-    """Moves every adapter tensor away from its start."""
-    for adapter in inject.adapters(model).values():
-        for parameter in adapter.parameters():
-            parameter.add_(scale * torch.randn_like(parameter))
+    """Moves every tensor that trains away from its start."""
+    for parameter in trainable(model).values():
+        parameter.add_(scale * torch.randn_like(parameter))
 
 
 def token_ids():
@@ -88,15 +126,35 @@ def token_ids():
 
 def base_of(holder):
     """Returns the holder's module as its method sees it."""
-    return inject.as_base(holder.target, lambda x: inject.original_class(holder.target).forward(holder.target, x))
+    return sites.as_base(holder.target, lambda x: sites.original_class(holder.target).forward(holder.target, x))
 
 
 def trainable(model):
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def with_virtual_tokens(model, ids):
+    """Returns `ids` with the adapter's virtual tokens before each row, and how many these are."""
+    count = sum(len(adapter.P) for adapter in inject.adapters(model).values() if adapter.place == "input-embedding")
+    virtual = torch.arange(count).expand(len(ids), -1) + model.config.vocab_size
+    return torch.cat([virtual, ids], dim=1), count
+
+
 def logits(model, ids):
-    return model(input_ids=ids, use_cache=False).logits
+    """Returns the logits of the ordinary tokens `ids`."""
+    given, count = with_virtual_tokens(model, ids)
+    return model(input_ids=given, use_cache=False).logits[:, count:]
+
+
+def loss_of(model, ids):
+    """Returns the loss of the ordinary tokens `ids`, having computed its gradients anew."""
+    model.zero_grad(set_to_none=True)
+    given, count = with_virtual_tokens(model, ids)
+    labels = given.clone()
+    labels[:, :count] = -100
+    loss = model(input_ids=given, labels=labels, use_cache=False).loss
+    loss.backward()
+    return loss.detach()
 
 
 def assert_close(found, expected, tolerance):

@@ -1,7 +1,11 @@
+import warnings
+
 import pytest
 import torch
 
 from peftcli import inject
+from peftcli.checkpoint.adapter import attach, read_adapter, save_adapter
+from peftcli.errors import RecipeError
 from peftcli.ops import decomposition
 from peftcli.ops.dropout import dropout
 from tests.methods.building import (
@@ -12,9 +16,12 @@ from tests.methods.building import (
     assert_close,
     base_of,
     inputs,
+    logits,
+    origin_of,
     randomise,
     trainable,
 )
+from tests.methods.skeletons import count, llama_7b
 from tests.tolerances import EXACT
 
 FP64 = EXACT[torch.float64]
@@ -24,10 +31,16 @@ WITH_INPUTS = ("linear", "conv1d")
 def parts(holder):
     """Returns A, B, s and m of the holder's adapter, and its V, n and W' by the paper's formula; all detached."""
     dora = holder.target.adapter
-    A, B, s, m = dora.lora.A.detach(), dora.lora.B.detach(), dora.lora.scale, dora.m.detach()
+    A, B, s, m = dora.lora.A.detach(), dora.lora.B.detach(), dora.lora.scale, dora.decomposition.m.detach()
     V = holder.W + s * B @ A
     n = torch.stack([row.dot(row).sqrt() for row in V])  # a row for each output, over the inputs
     return A, B, s, m, V, n, torch.diag(m / n) @ V
+
+
+def norms_of(holder):
+    """Returns `n` [O] as the adapter computes it."""
+    dora = holder.target.adapter
+    return dora.decomposition.norms(base_of(holder), dora.lora)
 
 
 def gradient_of_weight(holder, x, g):
@@ -54,7 +67,7 @@ def test_the_output_is_that_of_the_dense_weight(kind, detach_norm):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_magnitudes_start_as_the_rows_lengths(kind):
     holder = adapted_holder("dora", kind, noisy=False)
-    assert_close(holder.target.adapter.m, (holder.W**2).sum(1).sqrt(), FP64)
+    assert_close(holder.target.adapter.decomposition.m, (holder.W**2).sum(1).sqrt(), FP64)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -72,7 +85,7 @@ def test_the_gradients_are_those_of_the_paper(kind, detach_norm):
     along = (G * V).sum(1) / n
     dV = (m / n)[:, None] * (G if detach_norm else G - (along / n)[:, None] * V)
     dora = holder.target.adapter
-    assert_close(dora.m.grad, along, FP64)
+    assert_close(dora.decomposition.m.grad, along, FP64)
     assert_close(dora.lora.B.grad, s * dV @ A.T, FP64)
     assert_close(dora.lora.A.grad, s * B.T @ dV, FP64)
     if kind != "embedding":
@@ -91,11 +104,11 @@ def test_gradcheck_of_the_norm_that_is_not_detached(kind):
 def test_the_two_gradients_are_not_the_same():
     one, other = (adapted_holder("dora", detach_norm=detached) for detached in (True, False))
     other.load_state_dict(one.state_dict())
-    other.target.adapter.c = one.target.adapter.c
+    other.target.adapter.decomposition.c = one.target.adapter.decomposition.c
     x = inputs("linear", torch.float64)
     for holder in (one, other):
         holder(x).square().sum().backward()
-    assert torch.allclose(one.target.adapter.m.grad, other.target.adapter.m.grad)
+    assert torch.allclose(one.target.adapter.decomposition.m.grad, other.target.adapter.decomposition.m.grad)
     assert not torch.allclose(one.target.adapter.lora.B.grad, other.target.adapter.lora.B.grad)
 
 
@@ -112,9 +125,9 @@ def test_the_bias_is_never_scaled():
 def test_each_row_of_the_merged_weight_has_its_magnitude(kind):
     holder = adapted_holder("dora", kind)
     with torch.no_grad():
-        holder.target.adapter.m.copy_(torch.randn(40))
+        holder.target.adapter.decomposition.m.copy_(torch.randn(40))
     merged = holder.target.adapter.merged(holder.W)
-    assert_close(merged.norm(dim=1), holder.target.adapter.m.detach().abs(), FP64)
+    assert_close(merged.norm(dim=1), holder.target.adapter.decomposition.m.detach().abs(), FP64)
 
 
 def test_only_the_direction_of_v_counts():
@@ -138,7 +151,7 @@ def test_with_magnitudes_equal_to_the_norms_it_is_lora(kind):
         dora.lora.A.copy_(lora.target.adapter.A)
         dora.lora.B.copy_(lora.target.adapter.B)
         assert not torch.allclose(holder(x), lora(x))
-        dora.m.copy_(parts(holder)[5])
+        dora.decomposition.m.copy_(parts(holder)[5])
         assert_close(holder(x), lora(x), FP64)
 
 
@@ -147,7 +160,7 @@ def test_with_magnitudes_equal_to_the_norms_it_is_lora(kind):
 def test_the_factored_norms_are_the_direct_ones(kind, dtype):
     holder = adapted_holder("dora", kind, dtype)
     A, B, s = holder.target.adapter.lora.factors()
-    n = holder.target.adapter.norms(base_of(holder))
+    n = norms_of(holder)
     assert n.dtype == dtype
     assert not n.requires_grad
     assert_close(n, decomposition.direct_row_norms(holder.W, A, B, s).detach(), EXACT[dtype])
@@ -155,10 +168,9 @@ def test_the_factored_norms_are_the_direct_ones(kind, dtype):
 
 def test_autocast_does_not_lower_the_norms_precision():
     holder = adapted_holder("dora", "linear", torch.float32)
-    base, dora = base_of(holder), holder.target.adapter
-    expected = dora.norms(base)
+    expected = norms_of(holder)
     with torch.autocast("cpu", torch.bfloat16):
-        found = dora.norms(base)
+        found = norms_of(holder)
     assert torch.equal(found, expected)
 
 
@@ -173,7 +185,7 @@ def cancelling(eps, kind="linear", dtype=torch.float32, **fields):
         W = torch.where(even[:, None], -dora.lora.scale * dora.lora.B @ dora.lora.A, holder.W)
         holder.target.weight.copy_(W if kind == "linear" else W.t())
         dora.lora.B[even] *= 1 - eps
-        dora.c.copy_(decomposition.squared_row_norms(W))
+        dora.decomposition.c.copy_(decomposition.squared_row_norms(W))
     return holder, even
 
 
@@ -183,9 +195,9 @@ def test_rows_that_nearly_cancel_get_the_direct_norm(kind, eps):
     holder, even = cancelling(eps, kind)
     dora = holder.target.adapter
     A, B, s = (t.detach() if torch.is_tensor(t) else t for t in dora.lora.factors())
-    n = dora.norms(base_of(holder))
+    n = norms_of(holder)
     assert torch.equal(n[even], decomposition.direct_row_norms(holder.W, A, B, s)[even])
-    factored, lost = decomposition.factored_row_norms(dora.c, base_of(holder).project(A), A, B, s)
+    factored, lost = decomposition.factored_row_norms(dora.decomposition.c, base_of(holder).project(A), A, B, s)
     assert torch.equal(lost, even)
     assert torch.equal(n[~even], factored[~even])
     assert not torch.equal(n[even], factored[even])
@@ -201,7 +213,7 @@ def test_the_gradient_passes_through_the_direct_norm_too():
     found = [dora.lora.A.grad.clone(), dora.lora.B.grad.clone()]
     A, B, s = dora.lora.factors()
     V = holder.W + s * B @ A
-    y = holder.plain(x, (dora.m / torch.linalg.vector_norm(V, dim=1))[:, None] * V)
+    y = holder.plain(x, (dora.decomposition.m / torch.linalg.vector_norm(V, dim=1))[:, None] * V)
     for one, other in zip(found, torch.autograd.grad(y.square().sum(), (A, B)), strict=True):
         assert_close(one, other, EXACT[torch.float32])  # V itself has lost half its digits
 
@@ -289,3 +301,119 @@ def test_it_starts_as_its_base_whatever_the_factors_start(kind, init):
     adapt(holder, "dora", init=init)
     assert_close(holder(x), expected, EXACT[torch.float32])
     assert list(inject.adapters(holder)) == ["target"]
+
+
+# ---- magnitudes alone ----
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_magnitudes_alone_rescale_the_rows_of_the_base(kind, dropout):
+    holder = adapted_holder("dora", kind, magnitude_only_modules=["target"], dropout=dropout, dropout_mode="paper")
+    holder.train()
+    assert list(trainable(holder)) == ["target.adapter.decomposition.m"]
+    m = holder.target.adapter.decomposition.m
+    n = (holder.W**2).sum(1).sqrt()
+    W = (m.detach() / n)[:, None] * holder.W
+    x = inputs(kind, torch.float64)
+    y = holder(x)
+    assert_close(y, holder.plain(x, W), FP64)
+    assert_close(holder.target.adapter.merged(holder.W), W, FP64)
+    g = torch.randn_like(y)
+    y.backward(g)
+    assert_close(m.grad, (gradient_of_weight(holder, x, g) * holder.W).sum(1) / n, FP64)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_magnitudes_alone_start_as_the_base(kind):
+    holder, x = Holder(kind), inputs(kind)
+    with torch.no_grad():
+        holder.W[::3] = 0
+    expected = holder(x)
+    adapt(holder, "dora", magnitude_only_modules=["target"])
+    assert torch.equal(holder(x), expected)
+
+
+PARTIAL = {"magnitude_only_modules": ["self_attn.o_proj", "up_proj"], "alpha": 6.0}
+PARTIAL_GPT2 = {"target_modules": ["c_attn", "c_fc", "wte"], "magnitude_only_modules": ["c_fc", "wte"]}
+
+
+@pytest.mark.filterwarnings("ignore:::peft", "ignore::FutureWarning:transformers", "ignore:.*with tied.*:UserWarning")
+@pytest.mark.parametrize("init", ["kaiming", "pissa"])
+@pytest.mark.parametrize(("family", "fields"), [("llama", PARTIAL), ("gpt2", PARTIAL_GPT2)])
+def test_peft_computes_the_same_from_zeros_in_place_of_factors(family, fields, init, make_model, ids, tmp_path):
+    from peft import PeftModel
+
+    model, fields = make_model(family), {"target_modules": "all-linear", **fields, "init": init}
+    config, sites = adapt(model, "dora", **fields)
+    randomise(model, 0.1)
+    save_adapter(tmp_path, model, origin_of("dora", config, base_model=""))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Unexpected keyword")
+        theirs = PeftModel.from_pretrained(make_model(family), tmp_path).eval()
+    assert_close(logits(theirs, ids), logits(model, ids), EXACT[torch.float32])
+    again = make_model(family)
+    assert attach(again, read_adapter(tmp_path))
+    assert torch.equal(logits(again, ids), logits(model, ids))
+    again(input_ids=ids, labels=ids).loss.backward()
+    for site in sites:  # where there were no factors, none will grow
+        if config.magnitude_only_at(site.name):
+            factors = inject.adapters(again)[site.name].lora
+            assert len(factors.A) == (2 if init == "pissa" else 1)
+            assert not factors.A.any()
+            assert not factors.A.grad.any()
+            assert not factors.B.any()
+            assert not factors.B.grad.any()
+
+
+def test_magnitudes_alone_are_asked_for_by_the_adapted_modules_names(make_model):
+    with pytest.raises(RecipeError) as raised:
+        adapt(
+            make_model(),
+            "dora",
+            ["q_proj", "o_proj", "up_proj"],
+            magnitude_only_modules=["o_proj", "k_proj", "proj"],
+            rank_pattern={"up_proj": 2, "o_proj": 2},
+        )
+    assert [problem.message for problem in raised.value.problems] == [
+        "method.magnitude_only_modules: k_proj matches none of the adapted modules",
+        "method.magnitude_only_modules: proj matches none of the adapted modules",
+        "method.rank_pattern: o_proj matches none of the adapted modules",  # there are no factors to have a rank
+    ]
+
+
+def test_lora_plus_leaves_out_modules_without_factors(make_model):
+    model = make_model()
+    adapt(model, "dora", ["q_proj", "o_proj"], magnitude_only_modules=["o_proj"], loraplus_lr_ratio=16.0)
+    factors = [adapter.learning_rate_factors() for adapter in inject.adapters(model).values()]
+    assert factors == [{"lora.B": 16.0}, {}] * 2
+
+
+# ---- published sizes ----
+
+FIVE = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+REST = ["o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.mark.parametrize(
+    ("targets", "fields", "expected"),
+    [
+        (FIVE, {"r": 32}, 56_975_360),
+        (FIVE, {"r": 16}, 28_925_952),
+        ("all-linear", {"r": 64}, 161_267_712),
+        ("all-linear", {"r": 32, "magnitude_only_modules": REST}, 26_525_696),
+    ],
+)
+def test_the_published_numbers_of_parameters(targets, fields, expected):
+    assert count(llama_7b(), "dora", targets, **fields) == expected
+
+
+@pytest.mark.parametrize("fields", [{}, {"magnitude_only_modules": ["target"]}, {"init": "pissa"}], ids=str)
+def test_on_the_meta_device_nothing_is_computed(fields, monkeypatch):
+    with torch.device("meta"):
+        holder = Holder()
+    monkeypatch.setattr("peftcli.sites.dense_weight", lambda *_: pytest.fail("a weight was read"))
+    adapt(holder, "dora", **fields)
+    adapter = holder.target.adapter
+    tensors = [*adapter.parameters(), *adapter.buffers(), *adapter.peft_tensors().values()]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from peftcli import inject
-from peftcli.checkpoint.adapter import KEY_PREFIX, adapter_tensors
+from peftcli.checkpoint.adapter import BASE_PREFIX, adapter_tensors
 from peftcli.methods.lora import LoRA
 from peftcli.ops.dropout import dropout
+from peftcli.sites import dense_weight
 from tests.methods.building import adapt, assert_close, config_for, logits, randomise, trainable
 from tests.tolerances import EXACT
 
@@ -51,7 +52,7 @@ def gradients_by_key(model):
     for path, adapter in inject.adapters(model).items():
         for suffix, tensor in adapter.peft_tensors().items():
             own = next(p for p in adapter.parameters() if p.data_ptr() == tensor.data_ptr())
-            found[f"{KEY_PREFIX}{path}.{suffix}"] = own.grad
+            found[f"{BASE_PREFIX}{path}.{suffix}"] = own.grad
     return found
 
 
@@ -103,7 +104,7 @@ def test_merged_weights(method, family, part, make_model):
         stored = plain.get_submodule(site.name).weight.detach()
         expected = stored if site.kind == "linear" else stored.t()
         adapter = inject.adapters(model)[site.name]
-        assert_close(adapter.merged(inject.dense_weight(model.get_submodule(site.name), site.kind)), expected, FP64)
+        assert_close(adapter.merged(dense_weight(model.get_submodule(site.name), site.kind)), expected, FP64)
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -147,7 +148,7 @@ def test_pissa_learns_as_pefts_does(family, make_model, ids):
             step(one, ids)
             if one is twin:
                 for key, gradient in peft_gradients_by_key(twin).items():
-                    path, _, factor = key.removeprefix(KEY_PREFIX).removesuffix(".weight").rpartition(".lora_")
+                    path, _, factor = key.removeprefix(BASE_PREFIX).removesuffix(".weight").rpartition(".lora_")
                     assert_close(getattr(inject.adapters(model)[path], factor).grad, gradient, EXACT[torch.float32])
             optimizer.step()
         assert_close(logits(model, ids), logits(twin, ids).detach(), EXACT[torch.float32])

@@ -1,7 +1,14 @@
 import pytest
 import torch
 
-from peftcli.ops.low_rank import add_low_rank, add_low_rank_reference, low_rank, merged_low_rank
+from peftcli.ops.low_rank import (
+    add_low_rank,
+    add_low_rank_reference,
+    low_rank,
+    merged_low_rank,
+    projected_gradient,
+    projected_gradient_reference,
+)
 from tests.methods.building import assert_close
 from tests.tolerances import EXACT, HALF
 
@@ -78,3 +85,18 @@ def test_merging_rounds_once(dtype):
         assert_close(merged, W + S * B @ A, EXACT[dtype])
     else:
         assert torch.equal(merged, merged_low_rank(W.float(), A, B, S).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_the_projected_gradient_equals_its_reference(dtype):
+    A, gradient = torch.randn(R, I, dtype=dtype), torch.randn(O, R, dtype=dtype)
+    kept = A.clone()
+    found = projected_gradient(gradient, A, S)
+    assert_close(found, projected_gradient_reference(gradient, A, S), EXACT[dtype])
+    assert torch.equal(A, kept)
+    assert found.dtype == dtype
+
+
+def test_the_projected_gradient_of_an_a_without_full_rank_does_not_pass_as_a_number():
+    found = projected_gradient(torch.ones(O, 2), torch.zeros(2, I), S)
+    assert float(found.abs().min()) > 1e6 or not torch.isfinite(found).any()

@@ -1,0 +1,98 @@
+"""DoRA's weight decomposition around any low-rank update: the update turns each row of V, `m` sets its length.
+
+V = W + s·B A        n = ‖V‖ by row, over the inputs        W' = diag(m ⊘ n) V
+A [R, I]   B [O, R]   m, n [O]   W, V [O, I]
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from peftcli.methods._protocol import Base, MethodConfig, Site
+from peftcli.ops import decomposition
+from peftcli.ops.dropout import dropout
+from peftcli.ops.low_rank import low_rank
+
+
+class LowRank(Protocol):
+    """What a method must offer so that its update can be decomposed."""
+
+    dropout: float
+
+    def update(self, y: Tensor, x: Tensor) -> Tensor:
+        """Returns `y + s·drop(x) Aᵀ Bᵀ` [..., O], written into `y` where possible."""
+        ...
+
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        """Returns `A` [R, I], `B` [O, R] and `s`."""
+        ...
+
+
+class DecomposedConfig(MethodConfig):
+    """The fields of the decomposition itself."""
+
+    detach_norm: bool = Field(True, description="Treat the norm as a constant in the backward pass, as the paper does.")
+    dropout_mode: Literal["branch", "paper"] = Field(
+        "branch", description="paper also drops the inputs of the rescaled base, at the cost of a second base product."
+    )
+
+
+class Decomposition(nn.Module):
+    """The magnitudes `m` [O] at one site, and `c` [O], the squared row norms of W.
+
+    `m` starts as the row norms of W. Every function takes the update it is for; None for an update of nothing.
+    """
+
+    def __init__(self, config: DecomposedConfig, site: Site) -> None:
+        super().__init__()
+        self.detach_norm = config.detach_norm
+        self.dropout_mode = config.dropout_mode
+        if site.device.type == "meta":
+            c = torch.empty(site.out_features, device="meta")
+        else:
+            c = decomposition.squared_row_norms(site.dense()).to(site.device)
+        self.m = nn.Parameter(c.sqrt())
+        self.register_buffer("c", c, persistent=False)
+        self.c: Tensor
+
+    def output(self, base: Base, x: Tensor, inner: LowRank | None) -> Tensor:
+        """Returns `x W'ᵀ + b` [..., O]; the bias is never scaled."""
+        g = decomposition.magnitude_ratio(self.m, self.norms(base, inner))
+        if inner is None:
+            return decomposition.rescale_rows(base.forward(x), base.bias, g)
+        if self.training and inner.dropout and self.dropout_mode == "paper" and base.kind != "embedding":
+            return self._output_as_in_paper(base, x, inner, g)
+        return decomposition.rescale_rows(inner.update(base.forward(x), x), base.bias, g)
+
+    def norms(self, base: Base, inner: LowRank | None) -> Tensor:
+        """Returns `n` [O], the row norms of `V`, in float32 or wider."""
+        if inner is None:
+            return self.c.sqrt()
+        tracked = torch.is_grad_enabled() and not self.detach_norm
+        with torch.set_grad_enabled(tracked), torch.autocast(self.c.device.type, enabled=False):
+            A, B, scale = inner.factors()
+            n, lost = decomposition.factored_row_norms(self.c, base.project(A), A, B, scale)
+            # Compiled code cannot branch on data; there the factored value, clamped at zero, stands.
+            if not torch.compiler.is_compiling() and bool(lost.any()):
+                direct = decomposition.direct_row_norms(base.dense(), A, B, scale)
+                n = torch.where(lost, direct.to(n.dtype), n)
+        return n
+
+    def _output_as_in_paper(self, base: Base, x: Tensor, inner: LowRank, g: Tensor) -> Tensor:
+        """Returns `x Wᵀ + b + (g−1) ⊙ (x̃ Wᵀ) + g ⊙ s x̃ Aᵀ Bᵀ` [..., O] with `x̃ = drop(x)`."""
+        dropped = dropout(x, inner.dropout)
+        y: Tensor = base.forward(x)
+        y_dropped: Tensor = base.forward(dropped)
+        y_dropped = y_dropped if base.bias is None else y_dropped - base.bias
+        return (y + (g - 1) * y_dropped + g * low_rank(dropped, *inner.factors())).to(y.dtype)
+
+    def merged(self, weight: Tensor, inner: LowRank | None) -> Tensor:
+        """Returns `W'` [O, I] in `weight`'s dtype."""
+        if inner is None:
+            return decomposition.merged_decomposition(weight, torch.zeros(()), self.m)
+        A, B, scale = inner.factors()
+        return decomposition.merged_decomposition(weight, scale * (B @ A), self.m)
