@@ -18,7 +18,9 @@ LAYERS = (
     {"run"},
     {"models", "data", "training", "checkpoint", "merge", "evaluation", "manifest"},
     {"inject"},
-    {"methods", "ops", "quantization"},
+    {"targets"},
+    {"sites"},
+    {"methods", "ops", "quantization", "architectures"},
     {"recipe", "reporting", "hub"},
     {"files"},
     {"errors", "__init__"},
@@ -30,8 +32,11 @@ SIDEWAYS = {
     ("training", "data"),  # and takes batches
     ("evaluation", "data"),
     ("evaluation", "training"),  # the loss is one function for both
+    ("merge", "models"),  # where transformers finds a parameter in a checkpoint
     ("merge", "checkpoint"),  # an adapter is what is read from its files
     ("manifest", "checkpoint"),
+    ("manifest", "data"),  # what was learned from is told by its kind
+    ("manifest", "models"),  # and how to load the model again
     ("methods", "ops"),
 }
 """Who imports from a part of its own layer; anything new here is a decision."""
@@ -40,7 +45,7 @@ ONLY_IN = {
     "typer": {"cli"},
     "rich": {"cli"},
     "accelerate": {"training", "run"},
-    "transformers": {"models", "data", "evaluation"},
+    "transformers": {"models", "data", "evaluation", "sites"},
     "huggingface_hub": {"models", "data", "hub"},
     "datasets": {"data"},
     "yaml": {"recipe"},

@@ -1,16 +1,20 @@
-"""Commands on a run's folder or an adapter's: eval, merge, generate."""
+"""Commands on a run's folder or an adapter's: eval, merge, export, generate, readout."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from peftcli.cli import console
+from peftcli.cli.metrics import metrics_table, metrics_title
 from peftcli.cli.progress import make_reporter
 from peftcli.cli.training import AsJson, Device
 from peftcli.errors import DataError, RecipeError
+
+if TYPE_CHECKING:
+    from peftcli.merge import Agreement
 
 Run = Annotated[Path | None, typer.Argument(help="A run's folder: the output_dir of train.", show_default=False)]
 Adapter = Annotated[
@@ -29,17 +33,16 @@ def evaluate(
     device: Device = None,
     json: AsJson = False,
 ) -> None:
-    """Measure loss, perplexity and token accuracy of base, adapter and merged model side by side."""
+    """Measure base, adapter and merged model side by side on the same data."""
     from peftcli.run.applying import evaluate as run_evaluate
-    from peftcli.run.applying import open_subject
+    from peftcli.run.subject import open_subject
 
     subject = open_subject(run, adapter, model)
     results = run_evaluate(subject, data, batch_size, device, make_reporter())
     if json:
         console.print_json(results)
     else:
-        tokens = next(iter(results.values()))["eval_tokens"]
-        console.print_table(*console.metrics_table(results), title=f"{tokens:,} supervised tokens")
+        console.print_table(*metrics_table(results), title=metrics_title(next(iter(results.values()))))
 
 
 def merge(
@@ -60,7 +63,7 @@ def merge(
         raise RecipeError(f'--dtype: "{dtype}" is none of float32, bfloat16, float16')
     from peftcli.run import MERGED_FOLDER
     from peftcli.run.applying import merge as run_merge
-    from peftcli.run.applying import open_subject
+    from peftcli.run.subject import open_subject
 
     subject = open_subject(run, adapter, model)
     target = output or (run or subject.adapter.folder) / MERGED_FOLDER
@@ -70,11 +73,82 @@ def merge(
         console.print_json(report)
         return
     console.stdout.print(f"merged {count} weights into {target}")
+    console.stdout.print(_agreement(agreement))
+
+
+def export(
+    run: Run = None,
+    to: Annotated[str, typer.Option(help="The format to write: lora.")] = "lora",
+    adapter: Adapter = None,
+    model: Model = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Where to. Left out: `lora` in the run's folder.")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="For what is not exactly a LoRA: the rank of the nearest one.")
+    ] = None,
+    lossy: Annotated[
+        bool, typer.Option("--lossy", help="For updates that differ from token to token: write their mean.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")] = False,
+    json: AsJson = False,
+) -> None:
+    """Write the adapter as a LoRA, which PEFT, vLLM and llama.cpp can serve, and measure how near it is."""
+    if to != "lora":
+        raise RecipeError(f'--to: "{to}" is not a format that adapters are exported to', hint="lora")
+    from dataclasses import asdict
+
+    from peftcli.run import EXPORT_FOLDER
+    from peftcli.run.exporting import export_as_lora
+    from peftcli.run.subject import open_subject
+
+    subject = open_subject(run, adapter, model)
+    target = output or (run or subject.adapter.folder) / EXPORT_FOLDER
+    done = export_as_lora(subject, target, rank, make_reporter(), lossy=lossy, overwrite=overwrite)
+    if json:
+        console.print_json({"folder": str(target), **asdict(done)})
+        return
+    kind = "exactly" if done.exact else "nearly"
     console.stdout.print(
-        f"verified on {agreement.positions} positions: largest difference {agreement.max_difference:.1e} of the "
-        f"largest logit, same token chosen at {100 * agreement.same_choice:.1f} %, "
-        f"mean divergence {agreement.mean_divergence:.1e} nats"
+        f"wrote {target}: {kind} the adapter, as a LoRA on {done.modules} modules of rank up to {done.largest_rank}"
     )
+    if done.update_error:
+        console.stdout.print(f"its updates are off by up to {100 * done.update_error:.1f} % (Frobenius norm)")
+    console.stdout.print(_agreement(done.agreement))
+
+
+def _agreement(found: Agreement) -> str:
+    """Returns how near two models are, in a sentence."""
+    return (
+        f"compared on {found.positions} positions: largest difference {found.max_difference:.1e} of the largest "
+        f"logit, same choice at {100 * found.same_choice:.1f} %, mean divergence {found.mean_divergence:.1e} nats"
+    )
+
+
+def readout(
+    run: Run = None,
+    adapter: Adapter = None,
+    model: Model = None,
+    nearest: Annotated[int, typer.Option("-k", "--nearest", min=1, help="How many tokens to show for each.")] = 5,
+    json: AsJson = False,
+) -> None:
+    """Show the real tokens nearest to each virtual token of a trained prompt."""
+    from peftcli.run.applying import readout as run_readout
+    from peftcli.run.subject import open_subject
+
+    found = run_readout(open_subject(run, adapter, model), nearest, make_reporter())
+    if json:
+        console.print_json(found)
+        return
+    rows = [
+        [
+            str(one["prompt"]),
+            str(one["position"]),
+            "  ".join(f"{token!r} {distance:.3f}" for token, distance in one["nearest"]),
+        ]
+        for one in found
+    ]
+    console.print_table(["prompt", "position", "nearest tokens, cosine distance"], rows)
 
 
 def generate(
@@ -97,7 +171,7 @@ def generate(
     if not wanted:
         raise RecipeError("there is no prompt", hint="write one after the run's folder, or name a --prompt-file")
     from peftcli.run.applying import generate as run_generate
-    from peftcli.run.applying import open_subject
+    from peftcli.run.subject import open_subject
 
     changes: dict[str, Any] = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
     subject = open_subject(run, adapter, model)

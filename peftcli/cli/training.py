@@ -1,9 +1,9 @@
-"""Commands on a recipe: train, validate, preview."""
+"""Commands on a recipe: train, plan, validate, preview."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -50,6 +50,36 @@ def train(
     evaluated = f", evaluation loss {result['eval']['eval_loss']:.4f}" if result["eval"] else ""
     console.stderr.print(f"done: {result['steps']} steps in {result['seconds']:.0f} s{evaluated}; adapter in {folder}")
     console.stderr.print(f"next: peftcli eval {folder} · peftcli merge {folder} · peftcli generate {folder} PROMPT")
+
+
+def plan(recipe: RecipePath, overrides: Overrides = None, json: AsJson = False) -> None:
+    """Count what a recipe would train, from the model's configuration alone: no weights, no data."""
+    from peftcli.recipe import load
+
+    loaded = load(recipe, overrides or [])
+    from peftcli.run.planning import plan as run_plan
+
+    facts = run_plan(loaded, make_reporter())
+    if json:
+        console.print_json(facts)
+        return
+    rows = [[one["modules"], f"{one['count']:,}", one["shape"], f"{one['params']:,}"] for one in facts["modules"]]
+    console.print_table(
+        ["trained", "count", "shape", "parameters"], rows, title=f"{facts['method']} on {facts['model']}"
+    )
+    console.stdout.print()
+    console.print_table(["", "parameters"], _totals(facts))
+
+
+def _totals(facts: dict[str, Any]) -> list[list[str]]:
+    """Returns the rows that sum a plan up; those of parts that the model does not have are left out."""
+    trainable, percent = facts["trainable_params"], facts["trainable_percent"]
+    rows = [["trained", f"{trainable:,} ({percent:.4f} % of all)"]]
+    for key, name in (("head_params", "in the task's head"), ("router_params", "in routers")):
+        if facts[key]:
+            rows += [[f"  {name}", f"{facts[key]:,}"], [f"  less those {name}", f"{trainable - facts[key]:,}"]]
+    rows += [["base model", f"{facts['base_params']:,}"], ["all", f"{facts['total_params']:,}"]]
+    return [*rows, ["adapter on disk", f"{facts['adapter_bytes'] / 1e6:,.2f} MB"]]
 
 
 def validate(

@@ -6,3 +6,5 @@ recipe's form, the method's fields, the output folder, the data, the shapes of t
 
 RECIPE_FILE = "recipe.yaml"
 MERGED_FOLDER = "merged"
+EXPORT_FOLDER = "lora"
+"""Where an export of a run goes."""

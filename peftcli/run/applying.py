@@ -1,119 +1,30 @@
-"""What is done with an adapter once it is trained: on a run's folder, or on an adapter by itself."""
+"""What is done with an adapter once it is trained: measuring it, writing with it, merging it."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from peftcli import data, files, inject, models, recipe
+from peftcli import files, models, recipe
 from peftcli.checkpoint import adapter as adapter_files
-from peftcli.errors import DataError, HostError, ModelError, RecipeError
-from peftcli.recipe import Recipe
+from peftcli.errors import RecipeError
 from peftcli.reporting import Reporter
-from peftcli.run import MERGED_FOLDER, RECIPE_FILE
-from peftcli.run.opening import Base, load_weights, make_batcher, open_base
+from peftcli.run.opening import load_weights, make_batcher, open_base
+from peftcli.run.subject import Subject, check_target, evaluation_data, merged_section, proof_inputs
 
 if TYPE_CHECKING:
-    from peftcli.checkpoint.adapter import Adapter
     from peftcli.merge import Agreement
-
-DEFAULT_PROMPTS = ("The capital of France is", "Once upon a time there was", "def add(a, b):\n    return")
-NUM_VERIFIED_PROMPTS = 4
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What a command is about: an adapter, the base it belongs to, and the run it came from, if it did.
-
-    Attributes:
-        base: The base model, opened with the run's tokenizer.
-        adapter: The adapter.
-        recipe: The run's own recipe; None for an adapter alone.
-        merged: The merged model's folder, where there is one.
-    """
-
-    base: Base
-    adapter: Adapter
-    recipe: Recipe | None
-    merged: Path | None
-
-    @property
-    def form(self) -> str:
-        """The data format that prompts are put into."""
-        return self.recipe.data.format if self.recipe is not None else "text"
-
-
-def open_subject(run: Path | None, adapter: Path | None, model: str | None) -> Subject:
-    """Returns the subject that the command line names: a run's folder, an adapter's, or one in place of the other.
-
-    Raises:
-        RecipeError: Neither is named.
-        ModelError: A folder is not what it should be, or the base model is unknown.
-    """
-    if run is None and adapter is None:
-        raise RecipeError("name a run's folder, or an adapter's with --adapter DIR")
-    own = None
-    if run is not None and (run / RECIPE_FILE).is_file():
-        own = recipe.load(run / RECIPE_FILE).recipe
-    elif run is not None and adapter is None and not (run / adapter_files.CONFIG_FILE).is_file():
-        what = "there is no such folder" if not run.is_dir() else f"it has no {RECIPE_FILE}"
-        raise ModelError(f"{run} is not a run: {what}", hint="name the output_dir of a finished `peftcli train`")
-    folder = adapter or run
-    assert folder is not None
-    found = adapter_files.read_adapter(folder)
-    section = own.model if own is not None else recipe.ModelSection(name=model or _base_name(found))
-    if model is not None:
-        section = section.model_copy(update={"name": model, "revision": None, "gguf_file": None})
-    merged = run / MERGED_FOLDER if run is not None and adapter is None and model is None else None
-    if merged is not None and not (merged / "config.json").is_file():
-        merged = None
-    return Subject(open_base(section, tokenizer_from=folder), found, own, merged)
-
-
-def _base_name(adapter: Adapter) -> str:
-    if adapter.base_model is None:
-        raise ModelError(f"{adapter.folder} does not name its base model", hint="name it with --model")
-    return adapter.base_model
-
-
-def evaluation_data(subject: Subject, path: Path | None) -> data.EncodedDataset:
-    """Returns the samples to evaluate on: those of `path`, else those the run held out.
-
-    Raises:
-        DataError: There are none.
-    """
-    section = subject.recipe.data if subject.recipe is not None else None
-    positions = models.max_positions(subject.base.config)
-    if path is not None:
-        sources = (recipe.Source(path=str(path)),)
-        longest = recipe.DataSection.model_fields["max_length"].default
-        kept = section.model_dump() if section is not None else {"max_length": min(longest, positions or longest)}
-        section = recipe.DataSection.model_validate({**kept, "train": sources, "eval": sources, "eval_fraction": None})
-    samples = None
-    if section is not None:
-        samples = data.prepare_eval(
-            section,
-            subject.base.tokenizer,
-            vocab_size=models.vocabulary_size(subject.base.config),
-            max_positions=positions,
-            seed=subject.recipe.training.seed if subject.recipe is not None else 0,
-        )
-    if samples is None:
-        raise DataError("there is nothing to evaluate on", hint="name a file: --data FILE")
-    return samples
 
 
 def evaluate(
     subject: Subject, path: Path | None, batch_size: int | None, device_name: str | None, reporter: Reporter
 ) -> dict[str, dict[str, float]]:
     """Returns the metrics of base, adapter and, where there is one, merged model on the same samples."""
-    from peftcli.evaluation.language import evaluate as measure
+    from peftcli.evaluation.tasks import evaluator
     from peftcli.training.checks import joins_exactly
 
     device = models.pick_device(device_name)
@@ -121,26 +32,25 @@ def evaluate(
     samples = evaluation_data(subject, path)
     size = batch_size or (subject.recipe.training.per_device_eval_batch_size if subject.recipe else 8)
     reporter.stage("loading the base model")
-    model = load_weights(subject.base, device)
-    batcher = make_batcher(samples, subject.base, joins=joins_exactly(model))
-    adapter_files.attach(model, subject.adapter)
+    task, meaning = subject.base.section.task, subject.base.meaning
+    measure = evaluator(task, meaning.kind)
+    model, _ = load_weights(subject.base, device, subject.seed)
+    joins = task == "causal-lm" and joins_exactly(model)
+    batcher = make_batcher(samples, subject.base, joins=joins)
     found: dict[str, dict[str, float]] = {}
     reporter.stage("evaluating the base model")
-    with inject.disabled(model):
-        found["base"] = measure(model, batcher, size, device, reporter.advance)
+    found["base"] = measure(model, batcher, size, device, reporter.advance)
+    adapter_files.attach(model, subject.adapter)
+    joins = joins and subject.adapter.method.obstacle(subject.adapter.config, "flat") is None
+    batcher = make_batcher(samples, subject.base, joins=joins, prompts=subject.prompts)
     reporter.stage("evaluating base and adapter")
     found["adapter"] = measure(model, batcher, size, device, reporter.advance)
     if subject.merged is not None:
         del model
         reporter.stage("evaluating the merged model")
-        merged = load_weights(open_base(_merged_section(subject, subject.merged)), device)
+        merged, _ = load_weights(open_base(merged_section(subject, subject.merged), meaning=meaning), device)
         found["merged"] = measure(merged, batcher, size, device, reporter.advance)
     return found
-
-
-def _merged_section(subject: Subject, folder: Path) -> recipe.ModelSection:
-    changes = {"name": str(folder), "revision": None, "gguf_file": None}
-    return subject.base.section.model_copy(update=changes)
 
 
 def generate(
@@ -155,19 +65,64 @@ def generate(
     """Yields, for each prompt, the `adapter`'s answer and, on request, the `base` model's."""
     from peftcli.evaluation.generation import generate as write
 
+    task = subject.base.section.task
+    if task not in models.LANGUAGE_TASKS:
+        raise RecipeError(f"model.task: {task} models write no text", hint="measure them with peftcli eval")
     given = subject.recipe.evaluation.generate if subject.recipe is not None else recipe.GenerateSection()
     settings = given.model_validate({**given.model_dump(), **changes})
-    seed = subject.recipe.training.seed if subject.recipe is not None else 0
     reporter.stage("loading the base model")
-    model = load_weights(subject.base, models.pick_device(device_name))
+    model, _ = load_weights(subject.base, models.pick_device(device_name), subject.seed)
+    say = partial(write, model, subject.base.tokenizer, form=subject.form, settings=settings, seed=subject.seed)
+    # All of the base's answers come first: once attached, an adapter may have changed the base's own parameters.
+    before = [{"base": say(prompt=prompt)} if with_base else {} for prompt in prompts]
     adapter_files.attach(model, subject.adapter)
-    say = partial(write, model, subject.base.tokenizer, form=subject.form, settings=settings, seed=seed)
-    for prompt in prompts:
-        answers = {"prompt": prompt}
-        if with_base:
-            with inject.disabled(model):
-                answers["base"] = say(prompt=prompt)
-        yield {**answers, "adapter": say(prompt=prompt)}
+    for prompt, base in zip(prompts, before, strict=True):
+        yield {"prompt": prompt, **base, "adapter": say(prompt=prompt, prompts=subject.prompts)}
+
+
+def readout(subject: Subject, k: int, reporter: Reporter) -> list[dict[str, Any]]:
+    """Returns the `k` real tokens nearest to each virtual token, by cosine distance.
+
+    Raises:
+        RecipeError: The adapter has no virtual tokens.
+    """
+    from peftcli import inject
+    from peftcli.ops.nearest import nearest_tokens
+
+    if subject.adapter.method.place != "input-embedding":
+        name = type(subject.adapter.config).model_fields["type"].default
+        raise RecipeError(f"{name} has no virtual tokens to read", hint="readout is for type: prompt")
+    reporter.stage("loading the base model")
+    model, _ = load_weights(subject.base, torch.device("cpu"), subject.seed)
+    adapter_files.attach(model, subject.adapter)
+    prompt: Any
+    (prompt,) = inject.adapters(model).values()
+    embedding: Any = model.get_input_embeddings()
+    distances, tokens = nearest_tokens(prompt.P.detach(), embedding.weight.detach(), k)
+    per_prompt = subject.adapter.method.num_virtual_tokens(subject.adapter.config)
+    return [
+        {
+            "prompt": row // per_prompt,
+            "position": row % per_prompt,
+            "nearest": [
+                (subject.base.tokenizer.decode([token]), distance)
+                for token, distance in zip(tokens[row].tolist(), distances[row].tolist(), strict=True)
+            ],
+        }
+        for row in range(len(tokens))
+    ]
+
+
+def require_mergeable(subject: Subject) -> None:
+    """Raises a RecipeError where no plain model computes what base and adapter do together."""
+    method, config = subject.adapter.method, subject.adapter.config
+    reason = method.unmergeable(config)
+    if reason is not None:
+        name = type(config).model_fields["type"].default
+        hint = "use it as it is: peftcli eval, peftcli generate"
+        if hasattr(method, "averaged_low_rank"):
+            hint = "peftcli export --to lora --lossy writes its mean as a LoRA, with the measured error"
+        raise RecipeError(f"{name} cannot be merged: {reason}", hint=hint)
 
 
 def merge(
@@ -178,47 +133,30 @@ def merge(
     The folder appears only if the proof succeeds. Returned with the agreement: how many weights were merged.
 
     Raises:
+        RecipeError: The method has no merged form.
         HostError: `target` is in the way.
         ModelError: The adapter does not fit, or the merged model is not the adapted one.
     """
     from peftcli import merge as merging
 
-    _check_target(subject, target, overwrite=overwrite)
+    require_mergeable(subject)
+    check_target(subject, target, overwrite=overwrite)
     cpu = torch.device("cpu")
-    prompts = _proof_prompts(subject)
+    inputs = proof_inputs(subject)
     wanted_dtype = getattr(torch, dtype) if dtype is not None else None
     with models.plain_folder(subject.base.section, subject.base.source) as folder, files.new_folder(target) as new:
         reporter.stage("merging the weights")
-        skeleton = models.skeleton(subject.base.config)
+        skeleton = models.skeleton(subject.base.config, subject.base.section.task)
         count = merging.merge_files(folder, skeleton, subject.adapter, new, wanted_dtype)
         with files.explained(new):
-            subject.base.tokenizer.save_pretrained(new)
+            subject.base.processor.save_pretrained(new)
         reporter.stage("computing what base and adapter answer")
-        model = load_weights(subject.base, cpu)
+        model, _ = load_weights(subject.base, cpu, subject.seed)
         adapter_files.attach(model, subject.adapter)
-        expected = merging.logits_of(model, prompts, cpu)
+        expected = merging.logits_of(model, inputs, cpu)
         del model
         reporter.stage("computing what the merged model answers")
-        merged = load_weights(open_base(_merged_section(subject, new)), cpu)
-        agreement = merging.compare(expected, merging.logits_of(merged, prompts, cpu))
+        merged, _ = load_weights(open_base(merged_section(subject, new), meaning=subject.base.meaning), cpu)
+        agreement = merging.compare(expected, merging.logits_of(merged, inputs, cpu))
         merging.require_agreement(agreement, wanted_dtype or merging.stored_dtype(new))
     return agreement, count
-
-
-def _check_target(subject: Subject, target: Path, *, overwrite: bool) -> None:
-    """Raises a HostError where a merged model cannot be put at `target`, or would replace what it is made from."""
-    if target.exists() and not target.is_dir():
-        raise HostError(f"{target} is a file", hint="choose a folder with --output DIR")
-    needed = [subject.adapter.folder, *([Path(subject.base.source.name)] if subject.base.source.is_local else [])]
-    if (target / RECIPE_FILE).is_file() or any(folder.resolve().is_relative_to(target.resolve()) for folder in needed):
-        raise HostError(f"{target} holds a run, the adapter or the base model", hint="choose another: --output DIR")
-    if target.exists() and any(target.iterdir()) and not overwrite:
-        raise HostError(f"{target} exists and is not empty", hint="replace it: --overwrite; or another: --output DIR")
-
-
-def _proof_prompts(subject: Subject) -> list[list[int]]:
-    """Returns the ids that a merged model is compared on: held-out samples where there are some, else plain text."""
-    with contextlib.suppress(DataError):
-        samples = evaluation_data(subject, None)
-        return [samples[i].input_ids.tolist() for i in range(min(NUM_VERIFIED_PROMPTS, len(samples)))]
-    return [data.format_prompt(text, "text", subject.base.tokenizer) for text in DEFAULT_PROMPTS]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from peftcli.data.collation import samples_of
-from peftcli.data.preview import Segment, render_sample
+from peftcli.data.preview import Segment, render, render_sample
 from peftcli.recipe import LoadedRecipe
 from peftcli.reporting import Reporter
 from peftcli.run.opening import check_method, encode_data, find_sites, make_batcher, open_base, read_data
@@ -19,14 +19,15 @@ def validate(loaded: LoadedRecipe, reporter: Reporter) -> dict[str, Any]:
     method, config = check_method(loaded)
     reporter.stage("reading the data and the model's configuration")
     raw = read_data(loaded.recipe)
-    base = open_base(loaded.recipe.model)
-    sites = find_sites(loaded, base, method, config)
+    base = open_base(loaded.recipe.model, meaning=raw.meaning)
+    fit = find_sites(loaded, base, method, config)
     prepared = encode_data(loaded.recipe, raw, base)
     return {
         "recipe": str(loaded.path),
         "method": loaded.recipe.method["type"],
-        "adapted_modules": len(sites),
+        "adapted_modules": len(fit.sites),
         "format": prepared.format,
+        **({"labels": len(prepared.labels)} if prepared.labels is not None else {}),
         "train_samples": len(prepared.train),
         "eval_samples": len(prepared.eval) if prepared.eval is not None else 0,
     }
@@ -37,7 +38,15 @@ def preview(loaded: LoadedRecipe, reporter: Reporter, count: int) -> tuple[list[
     check_method(loaded)
     reporter.stage("reading the data and the tokenizer")
     raw = read_data(loaded.recipe)
-    base = open_base(loaded.recipe.model)
+    base = open_base(loaded.recipe.model, meaning=raw.meaning)
     prepared = encode_data(loaded.recipe, raw, base)
-    batch = make_batcher(prepared.train, base, joins=True, always=True).batch(range(min(count, len(prepared.train))))
-    return [render_sample(sample, base.tokenizer) for sample in samples_of(batch)], prepared.train_report.lines()
+    shown, labels, lines = (
+        range(min(count, len(prepared.train))),
+        prepared.meaning.labels,
+        prepared.train_report.lines(),
+    )
+    if base.reads_images:
+        return [render(prepared.train, index, base.processor, labels) for index in shown], lines
+    joins = prepared.meaning.goal == "next-token"
+    batch = make_batcher(prepared.train, base, joins=joins, always=joins).batch(shown)
+    return [render_sample(sample, base.tokenizer, batch.goal, labels) for sample in samples_of(batch)], lines

@@ -2,35 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from pydantic import ValidationError
 
-from peftcli import data, inject, methods, models, recipe
-from peftcli.data.batching import Batcher
-from peftcli.errors import Problem, RecipeError
+from peftcli import data, inject, methods, models, recipe, targets
+from peftcli.data.batching import Batcher, Batches
+from peftcli.data.meaning import Meaning
+from peftcli.errors import ModelError, Problem, RecipeError
 from peftcli.recipe import LoadedRecipe, Recipe
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BaseImageProcessor, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from peftcli.data import PreparedData, RawData
-    from peftcli.methods._protocol import Method, Site, Targets
+    from peftcli.data import Dataset, PreparedData, RawData
+    from peftcli.methods._protocol import Method, MethodConfig, Site
     from peftcli.models import ModelSource
 
 
 @dataclass(frozen=True)
 class Base:
-    """A base model, opened but without its weights."""
+    """A base model, opened but without its weights.
+
+    Attributes:
+        section: The recipe's model section.
+        source: Where its files are.
+        config: Its configuration, which knows the labels.
+        processor: Its tokenizer, or its image processor.
+        meaning: What its data is encoded for.
+        remarks: What was decided on the way and the user should know.
+    """
 
     section: recipe.ModelSection
     source: ModelSource
     config: PretrainedConfig
-    tokenizer: PreTrainedTokenizerBase
+    processor: PreTrainedTokenizerBase | BaseImageProcessor
+    meaning: Meaning = field(default_factory=Meaning)
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether the model's inputs are images instead of text."""
+        return self.section.task == "image-classification"
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of a model that reads text."""
+        assert not self.reads_images
+        return cast("PreTrainedTokenizerBase", self.processor)
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """The id that batches are padded with: a decoder that labels texts finds their end by it."""
+        ids: tuple[int | None, ...] = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+        return ids[0] if ids[0] is not None or self.section.task != "sequence-classification" else ids[1]
 
     @property
     def revision(self) -> str | None:
@@ -38,22 +67,74 @@ class Base:
         return getattr(self.config, "_commit_hash", None) or self.section.revision
 
 
-def open_base(section: recipe.ModelSection, tokenizer_from: Path | None = None) -> Base:
-    """Returns the base model's configuration and tokenizer; the tokenizer of the folder `tokenizer_from` if given."""
+def open_base(section: recipe.ModelSection, tokenizer_from: Path | None = None, meaning: Meaning | None = None) -> Base:
+    """Returns the base model's configuration and tokenizer or image processor.
+
+    Args:
+        section: The recipe's model section.
+        tokenizer_from: A folder whose tokenizer or image processor is to be used, if it has one.
+        meaning: The labels and tasks of the data; None where there are none.
+    """
     source = models.locate(section)
     config = models.load_config(section, source)
-    if tokenizer_from is not None and (tokenizer_from / "tokenizer_config.json").is_file():
-        kept = recipe.ModelSection(name=str(tokenizer_from))
-        return Base(section, source, config, models.load_tokenizer(kept, models.ModelSource(kept.name, True, {})))
-    return Base(section, source, config, models.load_tokenizer(section, source))
+    known = in_order_of(config, meaning or Meaning(section.task))
+    if known.labels is not None:
+        models.set_labels(config, known.labels.names, known.labels.kind)
+    images = section.task == "image-classification"
+    load = models.load_image_processor if images else models.load_tokenizer
+    kept = "preprocessor_config.json" if images else "tokenizer_config.json"
+    own = section
+    if tokenizer_from is not None and (tokenizer_from / kept).is_file():
+        own = recipe.ModelSection(name=str(tokenizer_from))
+    where = source if own is section else models.ModelSource(own.name, True, {})
+    return _with_padding(Base(section, source, config, load(own, where), known))
 
 
-def load_weights(base: Base, device: torch.device) -> PreTrainedModel:
-    """Returns the base model with its weights on `device`."""
-    return models.load_model(base.section, base.source, base.config, device)
+def in_order_of(config: PretrainedConfig, meaning: Meaning) -> Meaning:
+    """Returns the labels in the model's own order, where it has a head for exactly these names, else as they are."""
+    labels = meaning.labels
+    own: dict[Any, str] = config.id2label or {}
+    if labels is None or set(own.values()) != set(labels.names):
+        return meaning
+    return replace(meaning, labels=replace(labels, names=tuple(own[i] for i in sorted(own))))
 
 
-def check_method(loaded: LoadedRecipe) -> tuple[type[Method], Targets]:
+def _with_padding(base: Base) -> Base:
+    """Returns `base` with the padding token that a decoder needs to find the end of a text that it labels."""
+    if base.section.task != "sequence-classification":
+        return base
+    text, pad = base.config.get_text_config(), base.pad_token_id
+    if pad is None:
+        raise ModelError(
+            "model.task: sequence-classification needs a padding or end-of-sequence token, and the tokenizer has none"
+        )
+    if getattr(text, "pad_token_id", None) == pad:
+        return base
+    text.pad_token_id = pad
+    token = base.tokenizer.convert_ids_to_tokens(pad)
+    return replace(
+        base,
+        remarks=(
+            *base.remarks,
+            f"texts are padded with {token}: the model names no padding token",
+        ),
+    )
+
+
+def load_weights(
+    base: Base, device: torch.device, seed: int = 0, *, wide: bool = False
+) -> tuple[PreTrainedModel, list[str]]:
+    """Returns the base model with its weights on `device`, and the names of the parameters that start anew.
+
+    `wide` holds the weights in float32 where the recipe leaves it open, because they are to train themselves.
+    """
+    section = base.section
+    if wide and section.dtype == "auto":
+        section = section.model_copy(update={"dtype": "float32"})
+    return models.load_model(section, base.source, base.config, device, seed)
+
+
+def check_method(loaded: LoadedRecipe) -> tuple[type[Method], MethodConfig]:
     """Returns the recipe's method and its checked fields.
 
     Raises:
@@ -69,43 +150,89 @@ def check_method(loaded: LoadedRecipe) -> tuple[type[Method], Targets]:
 
 def read_data(wanted: Recipe) -> RawData:
     """Returns the recipe's rows, not yet encoded: its files' mistakes show before the model is touched."""
-    return data.read(wanted.data, wanted.training.seed)
+    return data.read(wanted.data, wanted.training.seed, wanted.model)
 
 
 def encode_data(wanted: Recipe, raw: RawData, base: Base) -> PreparedData:
     """Returns the recipe's rows, encoded for its model."""
     return data.prepare(
         wanted.data,
-        base.tokenizer,
+        None if base.reads_images else base.tokenizer,
         vocab_size=models.vocabulary_size(base.config),
         max_positions=models.max_positions(base.config),
         seed=wanted.training.seed,
-        raw=raw,
+        raw=replace(raw, meaning=base.meaning),
     )
 
 
-def find_sites(loaded: LoadedRecipe, base: Base, method: type[Method], config: Targets) -> list[Site]:
-    """Returns the modules that the recipe adapts, found without weights.
+@dataclass(frozen=True)
+class Fit:
+    """What a recipe trains in its model, found without weights.
+
+    Attributes:
+        sites: The adapted modules.
+        trains_base: Whether parameters of the base itself train.
+    """
+
+    sites: list[Site]
+    trains_base: bool
+
+
+def find_sites(loaded: LoadedRecipe, base: Base, method: type[Method], config: MethodConfig) -> Fit:
+    """Returns what the recipe trains, found without weights.
 
     Raises:
         RecipeError: They cannot be; each problem carries the recipe's line.
     """
+    _check_task(loaded, base, method)
     try:
-        sites = inject.find_sites(models.skeleton(base.config), config)
-        inject.check(method, config, sites)
+        skeleton = models.skeleton(base.config, base.section.task)
+        sites = targets.find_sites(skeleton, method, config)
+        inject.check(method, config, sites, skeleton)
     except RecipeError as error:
-        raise RecipeError.of(_located(loaded, error)) from error
-    return sites
+        raise RecipeError.of(located(loaded, error)) from error
+    return Fit(sites, inject.trains_base(skeleton, method, config))
 
 
-def _located(loaded: LoadedRecipe, error: RecipeError) -> Iterator[Problem]:
+def _check_task(loaded: LoadedRecipe, base: Base, method: type[Method]) -> None:
+    """Raises a RecipeError where the method cannot do the recipe's task."""
+    task, name = base.section.task, loaded.recipe.method["type"]
+    if method.tasks is not None and task not in method.tasks:
+        raise RecipeError(
+            f"method.type: {name} does not do model.task: {task}",
+            where=loaded.where("method", "type"),
+            hint=f"it does {', '.join(sorted(method.tasks))}",
+        )
+
+
+def settle(method: type[Method], config: MethodConfig, base: Base, prepared: PreparedData) -> MethodConfig:
+    """Returns `config` with what the method wanted to find in tokenizer and data."""
+    if base.reads_images:
+        return config
+    from peftcli.data.facts import DataFacts
+
+    samples = cast("data.EncodedDataset", prepared.train)
+    known = DataFacts(base.tokenizer, samples, prepared.labels or (), prepared.num_tasks)
+    settled: MethodConfig = method.prepare(config, known)
+    return settled
+
+
+def located(loaded: LoadedRecipe, error: RecipeError) -> Iterator[Problem]:
     """Yields the error's problems with the recipe's lines, told from the `method.field` that each begins with."""
     for problem in error.problems:
         key = problem.message.partition(":")[0].split(".")
         yield replace(problem, where=loaded.where(*key))
 
 
-def make_batcher(dataset: data.EncodedDataset, base: Base, *, joins: bool, always: bool = False) -> Batcher:
-    """Returns what makes batches of `dataset`; see `Batcher` for `joins` and `always`."""
+def make_batcher(
+    dataset: Dataset, base: Base, *, joins: bool, always: bool = False, prompts: Sequence[tuple[int, ...]] = ()
+) -> Batches:
+    """Returns what makes batches of `dataset`; see `Batcher` for `joins`, `always` and `prompts`."""
+    if not isinstance(dataset, data.EncodedDataset):
+        from peftcli.data.images import ImageBatcher
+
+        channels = int(getattr(base.config, "num_channels", 3))
+        return ImageBatcher(dataset, cast("BaseImageProcessor", base.processor), channels)
     hidden = int(base.config.get_text_config().hidden_size)
-    return Batcher(dataset, base.tokenizer.pad_token_id, hidden, joins, always)
+    positions = models.max_positions(base.config)
+    return Batcher(dataset, base.pad_token_id, hidden, joins, always, prompts, positions)

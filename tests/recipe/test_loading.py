@@ -218,7 +218,7 @@ def test_an_unknown_method(folder):
 
 def test_a_field_of_another_method_names_that_method(folder):
     (problem,) = folder.problems(GOOD.replace("r: 8", "detach_norm: true"))
-    assert problem.hint == "only dora has it"
+    assert problem.hint == "only dora and dvora have it"
     assert folder.load(GOOD.replace("r: 8", "detach_norm: true").replace("lora", "dora"))
 
 

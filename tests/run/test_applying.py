@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from peftcli.errors import DataError, HostError, ModelError, RecipeError
 from peftcli.run import applying
+from peftcli.run.subject import DEFAULT_PROMPTS, open_subject, proof_inputs
 from tests.conftest import Recorder, write_jsonl
 
 
@@ -22,7 +23,7 @@ def run(recipe_file, train):
 
 
 def subject(run=None, adapter=None, model=None):
-    return applying.open_subject(run, adapter, model)
+    return open_subject(run, adapter, model)
 
 
 def evaluate(one, data=None, batch_size=None):
@@ -147,11 +148,11 @@ class TestMerging:
         )
         real = applying.load_weights
 
-        def disturbed(base, device):
-            model = real(base, device)
+        def disturbed(base, device, *seed):
+            model, fresh = real(base, device, *seed)
             if "merged" in base.source.name:
                 model.x = True
-            return model
+            return model, fresh
 
         monkeypatch.setattr(applying, "load_weights", disturbed)
         with pytest.raises(ModelError, match="the merged model differs from base and adapter"):
@@ -168,13 +169,13 @@ class TestMerging:
 
     def test_held_out_samples_are_what_it_is_proven_on(self, run):
         agreement, _ = merge(subject(run), "merged")
-        lengths = [len(ids) for ids in applying._proof_prompts(subject(run))]
+        lengths = [given["input_ids"].shape[1] for given in proof_inputs(subject(run))]
         assert (len(lengths), sum(lengths)) == (4, agreement.positions)
 
     def test_without_any_it_is_proven_on_plain_text(self, run):
         (run / "recipe.yaml").unlink()
-        prompts = applying._proof_prompts(subject(run))
-        assert len(prompts) == len(applying.DEFAULT_PROMPTS)
+        prompts = proof_inputs(subject(run))
+        assert len(prompts) == len(DEFAULT_PROMPTS)
         merge(subject(run), "merged")
 
 

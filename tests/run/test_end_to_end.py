@@ -11,6 +11,7 @@ from peftcli import models, recipe
 from peftcli.errors import ModelError
 from peftcli.recipe import ModelSection
 from peftcli.run import applying
+from peftcli.run.subject import open_subject
 from tests.conftest import Recorder
 from tests.tolerances import EXACT, LOSS
 
@@ -31,16 +32,16 @@ CHECKPOINT_FILES = {"adapter_config.json", "adapter_model.safetensors", "optimiz
 
 
 def evaluate(run=None, adapter=None, model=None, data=None, batch_size=None):
-    return applying.evaluate(applying.open_subject(run, adapter, model), data, batch_size, "cpu", Recorder())
+    return applying.evaluate(open_subject(run, adapter, model), data, batch_size, "cpu", Recorder())
 
 
 def merge(run, target=None, dtype=None, overwrite=False, adapter=None):
-    subject = applying.open_subject(run, adapter, None)
+    subject = open_subject(run, adapter, None)
     return applying.merge(subject, target or run / "merged", dtype, Recorder(), overwrite=overwrite)
 
 
 def generate(run=None, prompts=("the cat ? ",), adapter=None, with_base=True, **changes):
-    subject = applying.open_subject(run, adapter, None)
+    subject = open_subject(run, adapter, None)
     return list(applying.generate(subject, prompts, changes, "cpu", Recorder(), with_base=with_base))
 
 
@@ -181,7 +182,7 @@ def test_an_adapter_that_peft_saved(recipe_file, model_folder, tmp_path, word_to
     assert abs(found["base"]["eval_loss"] - summed / tokens) > 1e-3
 
     target = tmp_path / "merged"
-    subject = applying.open_subject(None, tmp_path / "theirs", str(model_folder))
+    subject = open_subject(None, tmp_path / "theirs", str(model_folder))
     agreement, count = applying.merge(subject, target, None, Recorder(), overwrite=False)
     assert (count, agreement.same_choice) == (4, 1.0)
 

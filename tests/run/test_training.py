@@ -206,9 +206,9 @@ def test_a_base_module_that_no_forward_calls(recipe_file, train, monkeypatch):
     original = models.load_model
 
     def with_a_spare(*arguments):
-        model = original(*arguments)
+        model, fresh = original(*arguments)
         model.model.layers[0].spare = nn.Linear(8, 8)
-        return model
+        return model, fresh
 
     monkeypatch.setattr(models, "load_model", with_a_spare)
     with pytest.raises(NumericalError, match=r"layers\.0\.spare"):

@@ -1,0 +1,86 @@
+"""`peftcli plan`: what a recipe would train, counted on a model without weights."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from peftcli import inject, manifest, models
+from peftcli.checkpoint.adapter import adapter_tensors
+from peftcli.errors import RecipeError
+from peftcli.recipe import LoadedRecipe
+from peftcli.reporting import Reporter
+from peftcli.run.opening import check_method, located
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from peftcli.methods._protocol import Site
+
+
+@dataclass(frozen=True)
+class Group:
+    """Modules of one name and shape in all layers, and what is trained in them.
+
+    Attributes:
+        modules: Their path, with `*` for the layers' numbers.
+        count: How many there are.
+        shape: `I × O` of each.
+        params: Parameters that train in all of them.
+    """
+
+    modules: str
+    count: int
+    shape: str
+    params: int
+
+
+def plan(loaded: LoadedRecipe, reporter: Reporter) -> dict[str, Any]:
+    """Returns what the recipe would train; needs no weights, no tokenizer and no data.
+
+    Raises:
+        RecipeError: The method, or its targets, do not fit the model.
+        ModelError: The model's configuration cannot be read.
+    """
+    method, config = check_method(loaded)
+    section = loaded.recipe.model
+    reporter.stage("reading the model's configuration")
+    source = models.locate(section)
+    base_config = models.load_config(section, source)
+    if section.num_labels is not None:
+        base_config.num_labels = section.num_labels
+    model = models.skeleton(base_config, section.task)
+    try:
+        sites = inject.graft(model, method, config, loaded.recipe.training.seed)
+    except RecipeError as error:
+        raise RecipeError.of(located(loaded, error)) from error
+    tensors = method.tensors_to_peft(adapter_tensors(model), config).values()
+    return {
+        "method": loaded.recipe.method["type"],
+        "model": section.name,
+        **manifest.parameter_counts(model),
+        "adapted_modules": len(sites),
+        "adapter_bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        "modules": [asdict(group) for group in _groups(model, sites)],
+    }
+
+
+def _groups(model: PreTrainedModel, sites: list[Site]) -> list[Group]:
+    """Returns the adapted modules by name and shape, and after them the base's own parameters that train."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    adapters = inject.adapters(model)
+    for site in sites:
+        size = sum(p.numel() for p in adapters[site.name].parameters() if p.requires_grad)
+        groups.setdefault((_pattern(site.name) or "(the model)", site.size), []).append(size)
+    shared = inject.shared_part(model)
+    if shared is not None and (size := sum(p.numel() for p in shared.parameters() if p.requires_grad)):
+        groups[f"(shared by all {len(sites)})", ""] = [size]
+    for name, parameter in inject.trained_base(model).items():
+        shape = " × ".join(map(str, parameter.shape))
+        groups.setdefault((_pattern(name), shape), []).append(parameter.numel())
+    return [Group(name, len(sizes), shape, sum(sizes)) for (name, shape), sizes in groups.items()]
+
+
+def _pattern(path: str) -> str:
+    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", path)
