@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 MODEL  := $(HOME)/.cache/peftcli/SmolLM2-135M-Instruct
 STAMP  := $(VENV)/.installed
 
-.PHONY: help install demo model test check format lint types schema bench clean
+.PHONY: help install demo model encoder compare support test check format lint types schema bench clean
 .DEFAULT_GOAL := help
 
 help:  ## Say what can be made.
@@ -23,6 +23,12 @@ $(STAMP): pyproject.toml configs/constraints.txt
 
 model: $(STAMP)  ## Fetch and convert the demo model, once.
 	@$(BIN)/python scripts/demo_model.py --out $(MODEL) > /dev/null
+
+encoder: $(STAMP)  ## Fetch the demo encoder, once.
+	@$(BIN)/python scripts/demo_encoder.py > /dev/null
+
+compare: encoder  ## Train every method on one small classification set and print a table.
+	@$(BIN)/python scripts/compare_methods.py
 
 demo: model  ## Train, evaluate, merge and answer with a real model, in a few minutes on a CPU.
 	$(BIN)/peftcli train recipes/quickstart.yaml --overwrite
@@ -48,6 +54,9 @@ check: lint types test  ## Format, lint, types and tests: what CI runs.
 
 schema: $(STAMP)  ## Write peftcli/recipe/schema.json anew from the code.
 	@$(BIN)/python scripts/write_schema.py
+
+support: $(STAMP)  ## Write docs/methods.md anew from the tests that pass.
+	@$(BIN)/python scripts/write_support.py
 
 bench: model  ## Measure against TRL, end to end, side by side in one run.
 	@test -x .venv-bench/bin/trl || { $(PYTHON) -m venv .venv-bench && \

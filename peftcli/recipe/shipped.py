@@ -1,7 +1,8 @@
 """The recipe's JSON schema: what the package ships, and how it is made.
 
 `schema.json` exists because the methods' fields are declared beside their maths, which imports torch; with the file,
-names can be checked and editors helped without it. `scripts/write_schema.py` makes it, a test keeps it current.
+names can be checked, methods described and editors helped without it. `scripts/write_schema.py` makes it, a test keeps
+it current.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from peftcli.errors import RecipeError
 from peftcli.recipe.schema import Recipe
 
 SCHEMA_FILE = Path(__file__).with_name("schema.json")
+FACTS = "x-peftcli"
+"""The keyword of a method's definition that holds what else is known of it; JSON Schema ignores what starts so."""
 _METHODS = Path(__file__).parent.parent / "methods"
 
 
@@ -31,6 +35,18 @@ def json_schema() -> dict[str, Any]:
     return schema
 
 
+def method_definition(name: str) -> dict[str, Any]:
+    """Returns a method's definition in the shipped schema: its fields under `properties`, what else is under `FACTS`.
+
+    Raises:
+        RecipeError: The schema does not know the method yet.
+    """
+    definition: dict[str, Any] | None = json_schema()["$defs"].get(f"method-{name}")
+    if definition is None:
+        raise RecipeError(f"the schema does not know {name}", hint="write it anew: make schema")
+    return definition
+
+
 @cache
 def method_fields() -> Mapping[str, tuple[str, ...]]:
     """Returns the names of each method's fields, `type` first, as the shipped schema has them."""
@@ -39,14 +55,19 @@ def method_fields() -> Mapping[str, tuple[str, ...]]:
     return {fields["type"]["const"]: ("type", *(name for name in fields if name != "type")) for fields in choices}
 
 
-def build_schema(configs: Mapping[str, type[BaseModel]]) -> dict[str, Any]:
-    """Returns the JSON schema of a recipe whose `method` is one of `configs`, given by the methods' names."""
+def build_schema(configs: Mapping[str, type[BaseModel]], facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the JSON schema of a recipe whose `method` is one of `configs`, given by the methods' names.
+
+    Args:
+        configs: The fields of each method.
+        facts: What else is to be known of each.
+    """
     schema = Recipe.model_json_schema()
     definitions: dict[str, Any] = schema["$defs"]
     for name, config in configs.items():
         method = config.model_json_schema(ref_template=f"#/$defs/{name}-{{model}}")
         definitions |= {f"{name}-{inner}": value for inner, value in method.pop("$defs", {}).items()}
-        definitions[f"method-{name}"] = {**method, "title": f"method: {name}"}
+        definitions[f"method-{name}"] = {**method, "title": f"method: {name}", FACTS: dict(facts[name])}
     properties = {"extends": _EXTENDS, **schema.pop("properties")}
     choices = [{"$ref": f"#/$defs/method-{name}"} for name in configs]
     properties["method"] = {"description": properties["method"]["description"], "anyOf": choices}

@@ -4,9 +4,13 @@ import json
 import re
 
 import pytest
+from rich.console import Console
 
 import peftcli
+from peftcli.cli import console
 from peftcli.recipe import Recipe, method_names
+
+LONGEST_LINE = 100
 
 
 @pytest.fixture
@@ -128,7 +132,9 @@ class TestReference:
     def test_methods(self, cli):
         code, stdout, stderr = cli("methods", "--json")
         assert (code, stderr, tuple(json.loads(stdout))) == (0, "", method_names())
-        assert all(f"{name} " in cli("methods")[1] for name in method_names())
+        _, table, _ = cli("methods")
+        assert all(f"\n{name} " in table for name in method_names())
+        assert all(len(line) <= LONGEST_LINE for line in json.loads(stdout).values())
 
     @pytest.mark.parametrize("name", method_names())
     def test_a_method(self, cli, name):
@@ -141,12 +147,43 @@ class TestReference:
         _, text, _ = cli("methods", name)
         assert text.startswith(found["description"].splitlines()[0])
         assert all(f"\n{field} " in text for field in found["fields"] if field != "type")
+        method = methods.load(name)
+        assert found["default_learning_rate"] == method.default_learning_rate
+        assert re.search(rf"\nlearning rate +{method.default_learning_rate:g} *\n", text)
+        assert (found["merge"] is True) == (method.unmergeable(method.Config()) is None)
+        assert (found["lora_export"] is True) == (method.not_low_rank(method.Config()) is None)
+        assert found["papers"] or name == "head"
+
+    @pytest.mark.parametrize(
+        ("name", "said"),
+        [
+            ("dora", r"r +16 +integer ≥ 1 +Rank"),
+            ("dora", r"dropout +0\.0 +number ≥ 0, < 1 "),
+            ("dora", r"dropout_mode +branch +branch \| paper "),
+            ("dora", r"detach_norm +true +true \| false "),
+            ("dora", r"layers +\[integer, …\] "),
+            ("dora", r"adapts +modules of kind linear, conv1d, embedding; target_modules: all-linear"),
+            ("dora", r"merges +yes"),
+            ("dora", r"exports to LoRA +no: .*; --rank N writes the nearest"),
+            ("dora", r"peft_type of its files +LORA, which PEFT reads and writes too"),
+            ("dora", r"papers +https://arxiv\.org/abs/2402\.09353"),
+            ("hydralora", r"num_heads +3 +integer ≥ 1 \| auto "),
+            ("hydralora", r"exports to LoRA +no: .*; --lossy writes its mean"),
+            ("prompt", r"adapts +the input embedding"),
+            ("prompt", r"tasks +causal-lm, seq2seq-lm, sequence-classification, token-classification *\n"),
+            ("bitfit", r"peft_type of its files +BITFIT, which PEFT does not have"),
+            ("lora", r"exports to LoRA +yes"),
+        ],
+    )
+    def test_what_is_said_of_a_method(self, cli, name, said, monkeypatch):
+        monkeypatch.setattr(console, "stdout", Console(highlight=False, soft_wrap=True, emoji=False, width=200))
+        assert re.search(rf"\n{said}", cli("methods", name)[1])
 
     def test_recipes(self, cli, tmp_path, monkeypatch):
         code, stdout, _ = cli("recipes", "--json")
         titles = json.loads(stdout)
         assert code == 0
-        assert "quickstart" in titles
+        assert {"quickstart", "papers/glue_roberta_lora"} <= titles.keys()
         _, table, stderr = cli("recipes")
         assert all(f"{name} " in table for name in titles)
         assert "peftcli recipes NAME prints one" in stderr
@@ -154,8 +191,9 @@ class TestReference:
         for name in titles:
             _, text, stderr = cli("recipes", name)
             assert stderr == ""
+            (tmp_path / f"{name}.yaml").parent.mkdir(exist_ok=True)
             (tmp_path / f"{name}.yaml").write_text(text)
-        assert cli("validate", "--form-only", "quickstart.yaml")[0] == 0
+            assert cli("validate", "--form-only", f"{name}.yaml")[0] == 0
 
     def test_schema(self, cli):
         for arguments in (("schema",), ("schema", "--json")):
