@@ -56,7 +56,12 @@ def _swap_in(module: nn.Module) -> None:
 
 
 def graft(
-    model: nn.Module, method: type[Method], config: MethodConfig, seed: int, trained: Collection[str] = ()
+    model: nn.Module,
+    method: type[Method],
+    config: MethodConfig,
+    seed: int,
+    trained: Collection[str] = (),
+    unchecked: Collection[str] = (),
 ) -> list[Site]:
     """Freezes `model`, grafts a new adapter of `method` at each site that `config` chooses, and returns the sites.
 
@@ -68,13 +73,14 @@ def graft(
         config: Its checked fields.
         seed: Decides the adapters' random start.
         trained: Paths, or their ends, of further modules whose parameters train.
+        unchecked: Fields that may be what no recipe should ask for, because a file has them so.
 
     Raises:
         RecipeError: The targets or the method's own checks fail.
         ModelError: A module is already grafted, or its forward has been replaced by something else.
     """
     sites = find_sites(model, method, config)
-    check(method, config, sites, model)
+    check(method, config, sites, model, unchecked)
     modules = [model.get_submodule(site.name) for site in sites]
     for site, module in zip(sites, modules, strict=True):
         _refuse_ungraftable(site.name, module)
@@ -113,10 +119,16 @@ def _refuse_ungraftable(name: str, module: nn.Module) -> None:
         )
 
 
-def check(method: type[Method], config: MethodConfig, sites: list[Site], model: nn.Module) -> None:
-    """Raises a RecipeError with all that is wrong with `config` at `sites` of `model`; needs no weights."""
+def check(
+    method: type[Method],
+    config: MethodConfig,
+    sites: list[Site],
+    model: nn.Module,
+    unchecked: Collection[str] = (),
+) -> None:
+    """Raises a RecipeError with all that is wrong with `config`, but for `unchecked` fields; needs no weights."""
     messages = [*method.check(config, sites), *method.check_model(config, model)]
-    problems = [Problem(f"method.{message}") for message in messages]
+    problems = [Problem(f"method.{message}") for message in messages if message.partition(":")[0] not in unchecked]
     if problems:
         raise RecipeError.of(problems)
 

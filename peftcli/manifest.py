@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import peftcli
-from peftcli import files, inject
+from peftcli import files, inject, quantization
 from peftcli.checkpoint import adapter as adapter_files
 from peftcli.data.dataset import EncodedDataset
 from peftcli.models import TASK_CLASSES
@@ -81,8 +81,9 @@ def parameter_counts(model: nn.Module) -> dict[str, int | float]:
 
     `trainable_params` all that train, with those of the task's head (`head_params`) and of routers (`router_params`);
     `base_params` what the model had before, head aside; `total_params` all; `trainable_percent` trainable / total.
+    A weight that is held in 4 bits counts as what it stands for.
     """
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    sizes = {name: quantization.num_weights(parameter) for name, parameter in model.named_parameters()}
     total, head = sum(sizes.values()), sum(sizes[name] for name in inject.head_parameters(model))
     added = router = 0
     for part in inject.parts(model).values():
@@ -128,6 +129,7 @@ def describe(
         "method": recipe.method["type"],
         "task": recipe.model.task,
         "base_model": {"name": recipe.model.name, "revision": revision, "type": config.model_type},
+        "quantization": recipe.quantization.model_dump() if recipe.quantization is not None else None,
         "parameters": parameter_counts(model),
         "adapted_modules": len(inject.adapters(model)),
         "data": {
@@ -173,6 +175,8 @@ def model_card(facts: Mapping[str, Any], recipe_text: str) -> str:
     ]
     if labels is not None:
         rows.insert(2, ("Labels", ", ".join(labels)))
+    if facts["quantization"] is not None:
+        rows.insert(2, ("Base held in", facts["quantization"]["type"]))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     return f"""---
 base_model: {base["name"]}

@@ -27,6 +27,8 @@ from peftcli.targets import output_head
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from peftcli.quantization import Packing
+
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 NOT_COPIED = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".md"}
@@ -52,7 +54,12 @@ class Agreement:
 
 
 def merge_files(
-    base: Path, skeleton: PreTrainedModel, adapter: Adapter, target: Path, dtype: torch.dtype | None
+    base: Path,
+    skeleton: PreTrainedModel,
+    adapter: Adapter,
+    target: Path,
+    dtype: torch.dtype | None,
+    packing: Packing | None = None,
 ) -> int:
     """Writes the merged model into the existing, empty folder `target` and returns how many weights changed.
 
@@ -62,13 +69,14 @@ def merge_files(
         adapter: What to merge.
         target: Where to write.
         dtype: The dtype of the merged weights; None keeps each as it is stored.
+        packing: How the base was held in 4 bits; its layers are written as what these stood for, adapted or not.
 
     Raises:
         ModelError: The adapter does not fit, or an adapted weight is in none of the base's files.
     """
     weights = _shards(base)
     stored = _Stored(skeleton, weights)
-    changes = _Changes(skeleton, adapter, stored)
+    changes = _Changes(skeleton, adapter, stored, packing)
     untied = _tied_copies(skeleton, changes.weights, stored)
     written: dict[str, str] = {}
     total_size = 0
@@ -101,13 +109,17 @@ class _Changes:
         new: Those of them that the base's files lack, such as a task's head, by name.
     """
 
-    def __init__(self, skeleton: PreTrainedModel, adapter: Adapter, stored: _Stored) -> None:
+    def __init__(
+        self, skeleton: PreTrainedModel, adapter: Adapter, stored: _Stored, packing: Packing | None = None
+    ) -> None:
         sites, trained = require_fit(skeleton, adapter)
         _refuse_both_tied(skeleton, sites)
         self.skeleton, self.adapter, self.stored = skeleton, adapter, stored
         self.weights = {stored.require(f"{site.name}.weight"): site for site in sites}
         biased = [site for site in sites if site.has_bias and adapter.method.merged_bias is not Method.merged_bias]
         self.biases = {stored.require(f"{site.name}.bias"): site for site in biased}
+        self.packing = packing
+        self.packed = {stored.require(f"{path}.weight") for path in packing.paths} if packing is not None else set()
         tensors = {name: adapter.tensors[BASE_PREFIX + name] for name in trained}
         keys = {name: stored.find(name) for name in trained}
         self.whole = {key: tensors[name] for name, key in keys.items() if key is not None}
@@ -127,6 +139,8 @@ class _Changes:
         """Returns what the tensor stored under `key` becomes, in float32 or wider if it changes, laid out as it is."""
         if key in self.whole:
             return self.whole[key]
+        if self.packing is not None and key in self.packed:
+            tensor = self.packing.of(tensor)
         if key not in self.weights and key not in self.biases:
             return tensor
         wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcli.methods._protocol import Attention, Base, Kind, Site
+from peftcli.quantization import is_quantised, unpacked
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
@@ -32,11 +33,6 @@ def kind_of(module: nn.Module) -> Kind | None:
     if own_class.__name__ == "Conv1D" and hasattr(module, "nf"):  # GPT-2's; not imported, to keep this file torch-only
         return "conv1d"
     return None
-
-
-def is_quantised(module: nn.Module) -> bool:
-    """Returns whether `module` is one of bitsandbytes' linear layers, whose weight is packed."""
-    return original_class(module).__module__.startswith("bitsandbytes.") and isinstance(module, nn.Linear)
 
 
 def as_base(module: Any, forward: Callable[..., Any]) -> Base:
@@ -69,20 +65,9 @@ def _project_ids(module: Any, forward: Callable[[Tensor], Tensor], A: Tensor) ->
 
 def dense_weight(module: Any, kind: Kind) -> Tensor:
     """Returns `W` [O, I] of a module in float32 (float64 stays), detached."""
-    weight: Tensor = _unpacked(module) if is_quantised(module) else module.weight.detach()
+    weight: Tensor = unpacked(module) if is_quantised(module) else module.weight.detach()
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     return weight if kind == "linear" else weight.t()
-
-
-def _unpacked(module: Any) -> Tensor:
-    """Returns the weight [O, I] that a packed layer stands for."""
-    from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
-
-    if module.weight.dtype == torch.int8:
-        dense: Tensor = int8_vectorwise_dequant(module.weight.data, module.weight.SCB)
-    else:
-        dense = dequantize_4bit(module.weight.data, module.weight.quant_state)
-    return dense.detach()
 
 
 def make_site(name: str, module: nn.Module, roles: frozenset[str] = frozenset(), width: int = 0) -> Site:

@@ -74,6 +74,18 @@ def task_heads(model: nn.Module) -> list[str]:
     ]
 
 
+def always_dense(model: nn.Module, trained: Iterable[str] = ()) -> set[str]:
+    """Returns the paths of modules that no quantisation may pack: heads, what `trained` names, and what its code needs.
+
+    Some models cast to the dtype of a weight, as T5 does in its feed-forward; transformers lists those.
+    """
+    head, listed = output_head(model), getattr(model, "_keep_in_fp32_modules", None) or ()
+    ends = [*task_heads(model), *listed, *trained]
+    return {
+        name for name, module in model.named_modules() if module is head or any(is_under(name, end) for end in ends)
+    }
+
+
 def is_under(name: str, path: str) -> bool:
     """Returns whether the parameter or module `name` is, or is inside, the module that `path` or its end names."""
     return f".{path}." in f".{name}."

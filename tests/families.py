@@ -76,12 +76,12 @@ def tiny_model(family, kind, **changes):
     return getattr(transformers, kind)._from_config(tiny_config(family, **changes)).eval()
 
 
-def save_family(family, folder):
+def save_family(family, folder, **changes):
     """Writes a base model without a task head, and its tokenizer or image processor, into `folder`."""
     from transformers import ViTImageProcessorPil
 
     kinds = {**ENCODER_ONLY, "llama": "LlamaForCausalLM", "t5": "T5ForConditionalGeneration"}
-    tiny_model(family, kinds[family]).save_pretrained(folder)
+    tiny_model(family, kinds[family], **changes).save_pretrained(folder)
     if family == "vit":
         ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
     elif family == "llama":

@@ -234,6 +234,17 @@ def test_there_are_recipes():
     assert RECIPES / "quickstart.yaml" in shipped()
 
 
+def test_every_method_has_a_recipe_that_runs_anywhere():
+    """On a demo model and data that ships; what needs a hub model is a paper's, or the example for a GPU."""
+    runnable = set()
+    for path in set(RECIPES.glob("*.yaml")) - {RECIPES / "dora_llama.yaml"}:
+        loaded = recipe.load(path).recipe
+        assert Path(loaded.model.name).parent == Path("~/.cache/peftcli").expanduser(), path.name
+        assert all(source.path.startswith("recipes/data/") for source in loaded.data.train), path.name
+        runnable.add(loaded.method["type"])
+    assert runnable == set(methods.names())
+
+
 def test_recipes_are_for_data_and_models_that_a_user_has():
     """A path in a recipe that ships must ship too, or be said in the header."""
     for path in shipped():

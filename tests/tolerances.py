@@ -25,3 +25,6 @@ LOSS = 1e-6
 
 SAME_STEPS = 1e-5
 """Adapter tensors after a few AdamW steps of 1e-2 from gradients that differ by rounding, which its division grows."""
+
+LEFT_OVER = 1e-3
+"""The norm of what a truncated SVD in float32 leaves of a matrix, relative to that norm."""

@@ -94,7 +94,17 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
         for name, tensor in adapter.peft_tensors().items()
     }
     found |= {SHARED_PREFIX + name: tensor.detach() for name, tensor in _shared_tensors(model).items()}
-    return found | {BASE_PREFIX + name: tensor.detach() for name, tensor in inject.trained_base(model).items()}
+    prefix = base_prefix(model)
+    return found | {prefix + name: tensor.detach() for name, tensor in inject.trained_base(model).items()}
+
+
+def base_prefix(model: nn.Module) -> str:
+    """Returns what comes before the name of a base parameter in the file of the model's adapters.
+
+    PEFT wraps the model once more where adapters sit in its modules than where something goes in front of its input.
+    """
+    in_front = any(adapter.place in ("input-embedding", "model") for adapter in inject.adapters(model).values())
+    return SHARED_PREFIX if in_front else BASE_PREFIX
 
 
 def _shared_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -142,12 +152,17 @@ def has_targets(method: type[Method]) -> bool:
 def trained_modules(model: nn.Module, origin: Origin) -> list[str]:
     """Returns the modules that train in full beside what the method trains: task heads, and what started anew."""
     heads = task_heads(model)
-    found = set()
-    for name in inject.trained_base(model):
-        path = name.rpartition(".")[0]
-        if not origin.method.trains(origin.config, name, model.get_submodule(path)):
-            found.add(next((head for head in heads if is_under(name, head)), path))
-    return sorted(found)
+    paths = (name.rpartition(".")[0] for name in trained_beside(model, origin))
+    return sorted({next((head for head in heads if is_under(path, head)), path) for path in paths})
+
+
+def trained_beside(model: nn.Module, origin: Origin) -> list[str]:
+    """Returns the base's parameters that train though the method does not say so, because they started at random."""
+    return [
+        name
+        for name in inject.trained_base(model)
+        if not origin.method.trains(origin.config, name, model.get_submodule(name.rpartition(".")[0]))
+    ]
 
 
 def _verify_saved(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -176,7 +191,10 @@ def read_adapter(folder: Path) -> Adapter:
     fields = _read_config(folder)
     method = _method_of(fields, folder)
     config = _config_of(method, fields, folder)
-    tensors = method.tensors_from_peft(_read_tensors(folder), fields)
+    try:
+        tensors = method.tensors_from_peft(_read_tensors(folder), fields)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{folder / WEIGHTS_FILE} does not fit its {CONFIG_FILE}: {error}") from error
     return Adapter(folder, method, config, _base_of(fields), tuple(fields.get("modules_to_save") or ()), tensors)
 
 
@@ -250,7 +268,8 @@ def _targets_from_peft(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _unsupported(method: type[Method], fields: Mapping[str, Any]) -> list[str]:
     """Returns the settings in `fields` that would change the adapter and that `method` does not have."""
-    read = set(method.peft_config(method.Config.model_validate({}))) | TARGET_FIELDS | FACT_FIELDS | INERT_FIELDS
+    read = set(method.peft_config(method.Config.model_validate({}))) | method.own_peft_fields
+    read |= TARGET_FIELDS | FACT_FIELDS | INERT_FIELDS
     found = [f"{key} = {value}" for key, value in fields.items() if key not in read and value]
     if fields.get("bias", "none") != "none":
         found.append(f"bias = {fields['bias']}")
@@ -309,7 +328,8 @@ def require_fit(skeleton: nn.Module, adapter: Adapter) -> tuple[list[Site], list
 
 def _graft(model: nn.Module, adapter: Adapter) -> list[Site]:
     try:
-        return inject.graft(model, adapter.method, adapter.config, seed=0, trained=adapter.trained)
+        # A rank beyond a module's sides is wasteful, not wrong: PEFT trains them, and PiSSA's is stored twice as large.
+        return inject.graft(model, adapter.method, adapter.config, 0, adapter.trained, unchecked=("r",))
     except PeftcliError as error:
         listing = "; ".join(problem.message for problem in error.problems)
         raise ModelError(f"{adapter.folder} does not fit this base model: {listing}") from error
@@ -355,7 +375,7 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], where: str) ->
         shared.load_peft_tensors({name: tensors[SHARED_PREFIX + name] for name in shared.peft_tensors()})
     with torch.no_grad():
         for name, parameter in inject.trained_base(model).items():
-            parameter.copy_(tensors[BASE_PREFIX + name])
+            parameter.copy_(tensors[base_prefix(model) + name])
 
 
 def _require_same_shapes(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str) -> None:

@@ -73,7 +73,7 @@ def merge(
         console.print_json(report)
         return
     console.stdout.print(f"merged {count} weights into {target}")
-    console.stdout.print(_agreement(agreement))
+    console.stdout.print(_agreement("verified", agreement))
 
 
 def export(
@@ -114,13 +114,13 @@ def export(
     )
     if done.update_error:
         console.stdout.print(f"its updates are off by up to {100 * done.update_error:.1f} % (Frobenius norm)")
-    console.stdout.print(_agreement(done.agreement))
+    console.stdout.print(_agreement("verified" if done.exact else "compared", done.agreement))
 
 
-def _agreement(found: Agreement) -> str:
+def _agreement(verb: str, found: Agreement) -> str:
     """Returns how near two models are, in a sentence."""
     return (
-        f"compared on {found.positions} positions: largest difference {found.max_difference:.1e} of the largest "
+        f"{verb} on {found.positions} positions: largest difference {found.max_difference:.1e} of the largest "
         f"logit, same choice at {100 * found.same_choice:.1f} %, mean divergence {found.mean_divergence:.1e} nats"
     )
 

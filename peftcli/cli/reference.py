@@ -35,15 +35,17 @@ def methods(
     """List the methods, or describe one: its paper and equation, fields and defaults, and what it can do."""
     from peftcli.recipe import method_names
     from peftcli.recipe.shipped import FACTS, method_definition
+    from peftcli.recipe.shorthands import SHORTHANDS
 
+    names = sorted((*method_names(), *SHORTHANDS))
     if name is None:
-        lines = {method: _docstring(method).splitlines()[0] for method in method_names()}
+        lines = {method: _docstring(method).splitlines()[0] for method in names}
         console.print_json(lines) if json else console.print_table(["method", ""], [list(row) for row in lines.items()])
         return
-    if name not in method_names():
-        hint = did_you_mean(name, method_names()) or f"there are {', '.join(method_names())}"
+    if name not in names:
+        hint = did_you_mean(name, names) or f"there are {', '.join(names)}"
         raise RecipeError(f'there is no method "{name}"', hint=hint)
-    definition = method_definition(name)
+    definition = method_definition(SHORTHANDS[name].method if name in SHORTHANDS else name)
     text, fields, facts = _docstring(name), definition["properties"], definition[FACTS]
     papers = [f"https://arxiv.org/abs/{number}" for number in dict.fromkeys(re.findall(r"\b\d{4}\.\d{5}\b", text))]
     if json:
@@ -64,6 +66,10 @@ def methods(
 
 def _docstring(method: str) -> str:
     """Returns the docstring of a method's file, read without importing it, which would import torch."""
+    from peftcli.recipe.shorthands import SHORTHANDS
+
+    if method in SHORTHANDS:
+        return SHORTHANDS[method].about
     source = Path(peftcli.__file__).parent / "methods" / f"{method}.py"
     return ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or ""
 

@@ -63,7 +63,7 @@ class Batcher:
             raise RecipeError(
                 f"data.max_length: the longest sample has {longest:,} tokens, and with {virtual} virtual tokens before "
                 f"it that is more than the model's {self.max_positions:,} positions",
-                hint=f"set data.max_length to {self.max_positions - virtual} or less",
+                hint=f"set data.max_length to {max(self.max_positions - virtual, 0)} or less, or use fewer of them",
             )
 
     @property

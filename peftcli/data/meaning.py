@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from peftcli import files
 from peftcli.data.dataset import Goal
@@ -66,7 +67,17 @@ def write_meaning(folder: Path, meaning: Meaning) -> None:
     if meaning.labels is None and not meaning.tasks:
         return
     kind, names = (meaning.labels.kind, meaning.labels.names) if meaning.labels is not None else (None, ())
-    files.write_json(folder / LABELS_FILE, {"kind": kind, "labels": list(names), "tasks": list(meaning.tasks)})
+    facts = {"task": meaning.task, "kind": kind, "labels": list(names), "tasks": list(meaning.tasks)}
+    files.write_json(folder / LABELS_FILE, facts)
+
+
+def task_of(folder: Path) -> str | None:
+    """Returns the recipe's `model.task` as `folder` has it beside its labels; None where it does not say."""
+    path = _labels_file(folder)
+    if path is None:
+        return None
+    task = _read(path).get("task")
+    return task if task in GOALS else None
 
 
 def read_meaning(folder: Path, task: str) -> Meaning:
@@ -75,7 +86,7 @@ def read_meaning(folder: Path, task: str) -> Meaning:
     Raises:
         ModelError: The task has labels and neither folder says which.
     """
-    path = next((one / LABELS_FILE for one in (folder, folder.parent) if (one / LABELS_FILE).is_file()), None)
+    path = _labels_file(folder)
     if path is None:
         if task in ("causal-lm", "seq2seq-lm"):
             return Meaning(task)
@@ -83,9 +94,23 @@ def read_meaning(folder: Path, task: str) -> Meaning:
             f"{folder} has no {LABELS_FILE}, so the names of its labels are unknown",
             hint="name the folder of the run that trained it",
         )
+    found = _read(path)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
         labels = Labels(found["kind"], tuple(found["labels"])) if found["labels"] else None
         return Meaning(task, labels, tuple(found["tasks"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path} cannot be read: {error}") from error
+
+
+def _labels_file(folder: Path) -> Path | None:
+    return next((one / LABELS_FILE for one in (folder, folder.parent) if (one / LABELS_FILE).is_file()), None)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{path} cannot be read: expected a JSON object")
+    return found

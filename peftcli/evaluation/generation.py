@@ -61,13 +61,17 @@ def generate(
     # A model with a decoder of its own gives the answer alone; the others repeat the prompt before it.
     written = output.sequences if model.config.is_encoder_decoder else output.sequences[:, ids.shape[1] :]
     answers = [str(tokenizer.decode(row, skip_special_tokens=True)).strip() for row in written]
-    return answers[0] if len(answers) == 1 else majority_answer(answers, _scores(model, output))
+    return answers[0] if len(answers) == 1 else majority_answer(answers, _scores(model, output, ends))
 
 
-def _scores(model: Any, output: Any) -> list[float]:
-    """Returns the mean log-probability of the tokens of each answer that `output` holds."""
+def _scores(model: Any, output: Any, ends: Sequence[int]) -> list[float]:
+    """Returns the mean log-probability of the tokens of each answer that `output` holds, the one that ends it included.
+
+    What comes after that, because another answer is longer, is padding that the model never chose.
+    """
     steps = model.compute_transition_scores(output.sequences, output.scores, normalize_logits=True)
-    written = torch.isfinite(steps)
+    ended = torch.isin(output.sequences[:, -steps.shape[1] :], torch.tensor(ends, device=steps.device))
+    written = torch.isfinite(steps) & (ended.cumsum(dim=1) - ended.long() == 0)
     means: list[float] = (steps.masked_fill(~written, 0).sum(dim=1) / written.sum(dim=1).clamp_min(1)).tolist()
     return means
 

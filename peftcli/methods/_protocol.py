@@ -239,6 +239,8 @@ class Method(Part):
     default_learning_rate: ClassVar[float]
     peft_type: ClassVar[str]
     """`peft_type` of adapter_config.json; PEFT's own name wherever PEFT has the method."""
+    own_peft_fields: ClassVar[frozenset[str]] = frozenset()
+    """Fields of `peft_config` that PEFT does not have, and that are written only where they are not the default."""
     place: ClassVar[Place] = "targets"
     kinds: ClassVar[frozenset[Kind]] = frozenset({"linear", "conv1d", "embedding"})
     """The kinds of modules that can be adapted, where `place` is `targets`."""
@@ -246,7 +248,7 @@ class Method(Part):
     """The values of `model.task` that the method can do; None for all."""
     starts_as_base: ClassVar[bool] = True
     """Whether a new adapter changes nothing: in float32 the model starts as its base, bit for bit."""
-    default_head_learning_rate: ClassVar[float | None] = 1e-3
+    default_head_learning_rate: ClassVar[float | None] = 5e-3
     """The learning rate of a new task head, which starts at random where adapters start at nothing; None: the same."""
 
     def __init__(self, config: Any, site: Site, seed: int, shared: Shared | None = None) -> None:
@@ -268,6 +270,11 @@ class Method(Part):
     @classmethod
     def check_model(cls, config: Any, model: nn.Module) -> list[str]:
         """Returns what is wrong with `config` for the whole `model`, as `check` does; needs no weights."""
+        return []
+
+    @classmethod
+    def check_steps(cls, config: Any, total_steps: int) -> list[str]:
+        """Returns what is wrong with `config` for a training of `total_steps`, as `check` does."""
         return []
 
     @classmethod

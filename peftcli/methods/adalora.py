@@ -1,4 +1,4 @@
-"""AdaLoRA: an update in singular-value form, whose ranks move during training to the modules that need them.
+"""AdaLoRA: an update in singular-value form, whose ranks move to the modules that need them.
 
 Zhang et al. 2023, "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", arXiv 2303.10512, eq. 3:
 
@@ -176,6 +176,14 @@ class AdaLoRA(Method):
             largest = min(site.in_features, site.out_features)
             if config.r > largest:  # one example says it; the others have the same cause
                 return [f"r: {config.r} is more than the {largest} that {site.name} ({site.size}) can have"]
+        return []
+
+    @classmethod
+    def check_steps(cls, config: AdaLoRAConfig, total_steps: int) -> list[str]:
+        try:
+            config.schedule(total_steps)
+        except RecipeError as error:
+            return [problem.message.removeprefix("method.") for problem in error.problems]
         return []
 
     # ---- PEFT's files ----

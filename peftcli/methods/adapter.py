@@ -1,4 +1,4 @@
-"""Bottleneck adapters: a small network after, before or beside the frozen modules.
+"""Bottleneck adapters (Houlsby, Pfeiffer, parallel, series): small networks among the frozen modules.
 
     f(h) = s·(σ(drop(h) Dᵀ + b_D) Uᵀ + b_U)        h [..., I]   D [M, I]   b_D [M]   U [O, M]   b_U [O]
 

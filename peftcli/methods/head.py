@@ -1,4 +1,4 @@
-"""Head only: the frozen base's features and a trained last layer, the classical baseline (a linear probe).
+"""Head only: a trained last layer on the frozen base's features, the classical linear probe.
 
     y = h Wᵀ + b        h [..., I], the frozen base's last hidden state   W [O, I], b [O], trained
 
@@ -35,7 +35,7 @@ class Head(Method):
 
     Config = HeadConfig
     default_learning_rate = 1e-3  # a linear layer on fixed features bears it
-    default_head_learning_rate = None
+    default_head_learning_rate = 5e-3
     peft_type = "HEAD"
     place = "nowhere"
 

@@ -54,7 +54,7 @@ class IA3Config(Targets):
             try:
                 re.compile(value)
             except re.error as error:
-                raise ValueError(f'feedforward_modules: "{value}" is not a regular expression: {error}') from error
+                raise ValueError(f"it is not a regular expression: {error}") from error
         return value
 
     def scales_inputs(self, site: Site) -> bool:

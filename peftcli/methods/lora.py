@@ -70,7 +70,7 @@ class LoRAConfig(Targets):
                 except re.error as error:
                     raise ValueError(f"{field}: {pattern} is not a regular expression: {error}") from error
         if self.init == "orthogonal" and any(r % 2 for r in (self.r, *self.rank_pattern.values())):
-            raise ValueError("init orthogonal splits r into two halves: r must be even")
+            raise ValueError("init: orthogonal splits r into two halves, so r must be even")
         return self
 
     @model_validator(mode="after")

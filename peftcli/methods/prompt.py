@@ -61,8 +61,11 @@ class PromptTuning(Method):
     """The prompts `P` [N·p, D], one after the other, at the input embedding."""
 
     Config = PromptTuningConfig
+    # SmolLM2-135M learns alike at 1e-2 to 1e-1, far less at 1e-3. Larger models, whose embeddings are smaller, want
+    # less: in PEFT's comparison of methods 1e-3 solves 34 % of the problems where the usual rate solves 5.7 %.
     default_learning_rate = 1e-2
     peft_type = "PROMPT_TUNING"
+    own_peft_fields = frozenset({"num_prompts"})
     place = "input-embedding"
     starts_as_base = False
     tasks = frozenset({"causal-lm", "seq2seq-lm", "sequence-classification", "token-classification"})
@@ -84,12 +87,20 @@ class PromptTuning(Method):
             labels = (config.init_labels or facts.labels)[: config.num_virtual_tokens]
             tokens = [facts.tokenize(label) for label in labels]
             if not labels:
-                raise RecipeError("method.init: class-label needs labels, and this task has none", hint="init_labels")
+                raise RecipeError(
+                    "method.init: class-label needs labels, and this task has none", hint="name them: init_labels"
+                )
             if not all(tokens):
                 name = labels[tokens.index([])]
                 raise RecipeError(f'method.init: class-label: the model\'s tokenizer has no tokens for "{name}"')
             config = config.model_copy(update={"init_tokens": tokens})
         return virtual_tokens.prepare(config, facts)
+
+    @classmethod
+    def before_step(cls, config: PromptTuningConfig, adapters: Mapping[str, Any]) -> None:
+        for adapter in adapters.values():
+            if adapter.P.grad is not None:  # the loss is the mean over the prompts: to each its own run's gradient
+                adapter.P.grad.mul_(config.num_prompts)
 
     @classmethod
     def check(cls, config: PromptTuningConfig, sites: list[Site]) -> list[str]:

@@ -1,4 +1,4 @@
-"""VB-LoRA: LoRA whose factors are composed, piece by piece, from one bank of vectors that all modules share.
+"""VB-LoRA: LoRA whose factors are put together from one bank of vectors that all modules share.
 
 Li et al. 2024, "VB-LoRA: Extreme Parameter Efficient Fine-Tuning with Vector Banks", arXiv 2405.15179, eq. 3 to 5:
 

@@ -38,7 +38,7 @@ def for_unknown_key(path: KeyPath, known: Sequence[str] | None = None) -> str | 
     if key in known:
         return f'did you mean "{key}"?'
     return (
-        _other_tools_name(key)
+        _other_tools_name(key, section, known)
         or _elsewhere(key, section)
         or did_you_mean(key, known)
         or _nearly_elsewhere(key)
@@ -46,12 +46,15 @@ def for_unknown_key(path: KeyPath, known: Sequence[str] | None = None) -> str | 
     )
 
 
-def _other_tools_name(key: str) -> str | None:
+def _other_tools_name(key: str, section: tuple[str, ...], known: Sequence[str]) -> str | None:
     if key in _MISSING_FEATURES:
         return _MISSING_FEATURES[key]
     if key not in _RENAMED:
         return None
     remark = f"; {REMARKS[key]}" if key in REMARKS else ""
+    home, _, field = _RENAMED[key].rpartition(".")
+    if section == ("method",) == (home,) and field not in known:
+        return f"peftcli calls this {_RENAMED[key]}, which this method does not have"
     return f"peftcli calls this {_RENAMED[key]}{remark}"
 
 

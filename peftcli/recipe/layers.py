@@ -15,6 +15,7 @@ from peftcli.recipe.nodes import MAX_DEPTH, Node
 from peftcli.recipe.paths import expand_home
 from peftcli.recipe.rules import EXCLUSIVE
 from peftcli.recipe.scalars import resolve
+from peftcli.recipe.shorthands import SHORTHANDS
 from peftcli.recipe.values import KeyPath, dotted, printable, show
 
 MAX_REFERENCES = 50  # from one file to another by `extends`, in all
@@ -95,6 +96,32 @@ def overridden(root: Node, overrides: Sequence[str]) -> tuple[Node, list[Problem
         except RecipeError as error:
             problems += error.problems
     return merged(_making_way(root, layer), layer), problems
+
+
+def spelled_out(root: Node) -> tuple[Node, list[Problem]]:
+    """Returns the tree with what a shorthand in `method.type` stands for, and where `quantization` says otherwise."""
+    named, given = _at(root, ("method", "type")), _at(root, ("quantization",))
+    short = SHORTHANDS.get(named.value) if named and isinstance(named.value, str) else None
+    if named is None or short is None:
+        return root, []
+    meant = {key: Node(value, named.where) for key, value in short.quantization.items()}
+    problems = []
+    for key, node in meant.items():
+        written = given if given is None or given.value is None else _at(given, (key,))
+        if written is not None and written.value != node.value:
+            path = "quantization" if written is given else f"quantization.{key}"
+            message = f"{path}: {show(written.data())} does not go with method.type: {named.value} at {named.where}"
+            hint = f"remove the one, or write method.type: {short.method} for the other"
+            problems.append(Problem(message, written.where, hint))
+    layer: dict[str, Node] = {"method": Node({"type": Node(short.method, named.where)}, _where(root, "method"))}
+    if given is None or isinstance(given.value, dict):
+        layer["quantization"] = Node(meant, _where(root, "quantization") if given else named.where)
+    return merged(root, Node(layer, root.where)), problems
+
+
+def _where(root: Node, section: str) -> str:
+    node = _at(root, (section,))
+    return node.where if node else root.where
 
 
 def merged(below: Node, above: Node) -> Node:

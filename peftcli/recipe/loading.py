@@ -11,12 +11,13 @@ from pydantic import ValidationError
 
 from peftcli.errors import Problem, RecipeError, did_you_mean
 from peftcli.recipe import hints
-from peftcli.recipe.layers import Reader, overridden
+from peftcli.recipe.layers import Reader, overridden, spelled_out
 from peftcli.recipe.messages import MAX_PROBLEMS, Locate, nearest, problems_from_pydantic
 from peftcli.recipe.paths import with_home
 from peftcli.recipe.rules import broken_rules
 from peftcli.recipe.schema import Recipe
 from peftcli.recipe.shipped import method_fields, method_names
+from peftcli.recipe.shorthands import SHORTHANDS
 from peftcli.recipe.values import KeyPath, dotted, show
 
 
@@ -59,9 +60,10 @@ def load(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
     except RecipeError as error:
         raise RecipeError.of(_in_order([*reader.problems, *error.problems])) from error
     root, problems = overridden(root, overrides)
+    root, disagreements = spelled_out(root)
     locations = dict(root.locations())
     recipe, wrong = _checked(root.data(), path, locations.get)
-    problems = [*reader.problems, *problems, *wrong]
+    problems = [*reader.problems, *problems, *disagreements, *wrong]
     if recipe is None or problems:
         raise RecipeError.of(_in_order(problems))
     return LoadedRecipe(with_home(recipe), path, locations)
@@ -85,13 +87,14 @@ def _method_problems(method: object, locate: Locate) -> Iterator[Problem]:
     if not isinstance(method, Mapping):
         return  # reported with the form of the other sections
     name, where = method.get("type"), nearest(("method", "type"), locate)
-    known = ", ".join(method_names())
+    names = sorted((*method_names(), *SHORTHANDS))
+    known = ", ".join(names)
     if name is None:
         yield Problem("method.type is required", where, f"one of {known}")
     elif not isinstance(name, str):
         yield Problem(f"method.type: expected text, got {show(name)}", where, f"one of {known}")
     elif name not in method_names():
-        meant = did_you_mean(name.lower()[:100], method_names())
+        meant = did_you_mean(name.lower()[:100], names)
         yield Problem(
             f"method.type: unknown method {show(name)}", where, f"{f'{meant} ' if meant else ''}methods: {known}"
         )

@@ -53,7 +53,7 @@ def problems_from_pydantic(error: ValidationError, path_prefix: KeyPath, locate:
         path = _recipe_path(path_prefix, detail["loc"], detail["type"] == "missing", locate)
         by_path.setdefault(path, []).append(detail)
     return [
-        _problem(path, details, nearest(path, locate))
+        _problem(path, details, locate)
         for path, details in by_path.items()
         if not (_is_about_form(details) and any(path != other and path == other[: len(path)] for other in by_path))
     ]
@@ -81,10 +81,11 @@ def _is_about_form(details: list[Mapping[str, Any]]) -> bool:
     return all(detail["type"] in (*_EXPECTED, "literal_error", "too_short") for detail in details)
 
 
-def _problem(path: KeyPath, details: list[Mapping[str, Any]], where: str | None) -> Problem:
+def _problem(path: KeyPath, details: list[Mapping[str, Any]], locate: Locate) -> Problem:
     # A field with several types: an error about the value says more than one about a type that it does not have.
     detail = next((detail for detail in details if not _is_about_form([detail])), details[-1])
     kind, value, context = detail["type"], detail.get("input"), detail.get("ctx", {})
+    where = nearest(path, locate)
     if kind == "missing":
         return Problem(f"{dotted(path)} is required", where, _what_is_missing(path))
     if kind == "extra_forbidden":
@@ -98,6 +99,10 @@ def _problem(path: KeyPath, details: list[Mapping[str, Any]], where: str | None)
     if kind in _EXPECTED or kind == "literal_error":
         return _wrong_type(path, details, value, where)
     message = str(context["error"]) if kind in ("value_error", "assertion_error") else detail["msg"]
+    field, _, rest = message.partition(": ")
+    if isinstance(value, Mapping) and field in fields_at(path):  # said of a section, about one of its fields
+        path, message = (*path, field), rest
+        where = nearest(path, locate)
     got = "" if isinstance(value, Mapping) else f", got {show(value)}"
     return Problem(": ".join(part for part in (dotted(path), f"{message}{got}") if part), where)
 

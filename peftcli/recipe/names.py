@@ -31,17 +31,42 @@ OTHER_NAMES: dict[str, str] = {
     "model": "base_model_config model_config model_args model_arguments",
     "data": "data_args data_arguments data_module datamodule data_config dataset_config",
     "method": "lora peft lora_config peft_config adapter_config use_peft lora_args tuner",
+    "quantization": "load_in_4bit load_4bit quantize quantization_config quantization_bit bnb bnb_config use_qlora"
+    " qlora bits",
+    "quantization.type": "bnb_4bit_quant_type quant_type quantization_method",
+    "quantization.double_quant": "bnb_4bit_use_double_quant double_quantization use_double_quant nested_quant",
+    "quantization.compute_dtype": "bnb_4bit_compute_dtype compute_type",
     "training": "trainer training_args training_arguments train_config training_config hyperparameters",
     "method.type": "peft_type adapter finetuning_type tuner_type train_type peft_method adapter_type use_dora",
-    "method.r": "lora_r lora_rank rank lora_dim",
+    "method.r": "lora_r lora_rank rank lora_dim init_r vera_r vera_rank",
+    "method.target_r": "target_rank adalora_target_r",
     "method.alpha": "lora_alpha",
-    "method.dropout": "lora_dropout",
+    "method.dropout": "lora_dropout vera_dropout vblora_dropout adapter_dropout",
     "method.target_modules": "lora_target lora_target_modules lora_target_linear lora_modules target lora_attn_modules",
     "method.exclude_modules": "lora_exclude_modules freeze_modules skip_modules",
     "method.layers": "layers_to_transform lora_layers_to_transform num_layers lora_layers",
     "method.rslora": "use_rslora peft_use_rslora lora_use_rslora",
-    "method.init": "init_lora_weights lora_init peft_init_lora_weights init_weights",
+    "method.init": "init_lora_weights lora_init peft_init_lora_weights init_weights prompt_tuning_init init_method",
     "method.loraplus_lr_ratio": "loraplus_ratio lora_plus loraplus",
+    "method.lora_fa": "use_lora_fa lorafa use_lorafa",
+    "method.warmup_steps": "tinit",
+    "method.final_steps": "tfinal",
+    "method.interval": "deltat mask_interval",
+    "method.orthogonality": "orth_reg_weight orth_reg",
+    "method.projection_prng_key": "vera_seed projection_seed",
+    "method.save_topk_only": "save_only_topk_weights",
+    "method.feedforward_modules": "target_feedforward_modules ia3_feedforward_modules ff_modules",
+    "method.biases": "bias_terms trainable_bias_terms",
+    "method.num_heads": "lora_nums lora_num num_experts num_loras expert_num",
+    "method.variant": "adapter_variant bottleneck_type use_parallel_adapter use_adapterp",
+    "method.bottleneck_size": "adapter_size bottleneck_dim adapter_dim adapter_hidden_size reduction_factor",
+    "method.activation": "non_linearity adapter_act adapter_non_linearity",
+    "method.num_virtual_tokens": "prompt_length prompt_len prefix_length prefix_len pre_seq_len num_prompt_tokens"
+    " prefix_sequence_length soft_prompt_length",
+    "method.init_text": "prompt_tuning_init_text",
+    "method.reparametrize": "prefix_projection reparameterize reparametrization reparameterization",
+    "method.prefix_hidden_size": "encoder_hidden_size prefix_projection_size",
+    "method.num_prompts": "num_ensemble ensemble_size",
     "training.num_train_epochs": "num_epochs epochs epoch n_epochs max_epochs",
     "training.max_steps": "max_train_steps max_iters num_steps steps train_steps iterations max_steps_per_epoch",
     "training.per_device_train_batch_size": "micro_batch_size batch_size train_batch_size per_gpu_train_batch_size"
@@ -87,12 +112,20 @@ REMARKS: dict[str, str] = {
     "train_on_inputs": "true is train_on: all, false is train_on: assistant",
     "train_on_prompt": "true is train_on: all, false is train_on: assistant",
     "use_dora": "write type: dora",
+    **dict.fromkeys(
+        ("load_in_4bit", "load_4bit", "quantize", "quantization_config", "quantization_bit", "bnb", "bits"),
+        "write quantization: {type: nf4}",
+    ),
+    **dict.fromkeys(("use_qlora", "qlora"), "write quantization: {type: nf4}, or method.type: qlora"),
+    "reduction_factor": "write the model's hidden size divided by it",
+    "use_parallel_adapter": "write variant: parallel",
+    "use_adapterp": "write variant: pfeiffer",
     "flash_attention": "write attn_implementation: flash_attention_2",
     "flash_attn": "write attn_implementation: flash_attention_2",
     "global_batch_size": "the step's batch is this times gradient_accumulation_steps times the number of devices",
 }
 
-_QUANTISED = "a quantised base is not in this version yet"
+_EIGHT_BITS = "a base in 8 bits is not in this version; quantization.type is nf4 or fp4, of 4 bits"
 _DISTRIBUTED = "training on several devices is not in this version yet"
 _PACKING = "packing is not in this version; data.padding_free already avoids the padding that packing is for"
 _CODE = "never accepted from a recipe: peftcli runs no code from a model repository"
@@ -101,9 +134,8 @@ _OUTPUT = "the run's files all go to output_dir, which is never overwritten"
 
 # What peftcli does not have -> the other names for it.
 UNAVAILABLE: dict[str, str] = {
-    _QUANTISED: "load_in_4bit load_in_8bit quantization quantize quantization_config quantization_bit"
-    " bnb_4bit_quant_type bnb_4bit_compute_dtype bnb_4bit_use_double_quant bnb_4bit_quant_storage"
-    " double_quantization qlora bnb use_qlora quant_type bits load_4bit quantization_method",
+    _EIGHT_BITS: "load_in_8bit load_8bit int8 llm_int8_threshold",
+    "4-bit weights are stored as bytes": "bnb_4bit_quant_storage",
     _DISTRIBUTED: "distributed deepspeed fsdp fsdp_config ddp num_processes num_gpus n_gpu devices"
     " tensor_parallel_size ddp_backend ddp_find_unused_parameters context_parallel_size accelerate"
     " accelerator_config num_nodes",
@@ -118,12 +150,23 @@ UNAVAILABLE: dict[str, str] = {
     " token",
     "training further modules in full is not in this version": "modules_to_save additional_target"
     " lora_modules_to_save unfreeze trainable_modules",
+    "it follows from the model": "token_dim num_transformer_submodules num_attention_heads fan_in_fan_out"
+    " tokenizer_name_or_path tokenizer_kwargs num_transformer_layers",
+    "it follows from training.max_steps or training.num_train_epochs": "total_step",
+    "the bank and the logits start as in the paper": "init_vector_bank_bound init_logits_std",
+    "waveft has Haar's wavelet alone, PEFT's db1": "wavelet_family wavelet",
     "the Liger kernels are not used": "liger use_liger_kernel enable_liger_kernel liger_kernel",
     "the chat template is the tokenizer's own": "chat_template tokenizer_config",
     "the tokenizer is the model's own": "tokenizer tokenizer_name tokenizer_type tokenizer_path special_tokens",
     "a recipe gives no reward or preference data: peftcli trains on examples": "rl dpo beta reward_model loss_type"
     " stage",
     "examples are shuffled by training.seed": "shuffle shuffle_seed group_by_length",
+}
+
+_DTYPES = {
+    **dict.fromkeys(("bf16", "torch.bfloat16"), "bfloat16"),
+    **dict.fromkeys(("fp16", "half", "torch.float16"), "float16"),
+    **dict.fromkeys(("fp32", "float", "full", "torch.float32"), "float32"),
 }
 
 # Field -> a value that other tools use for it -> what to do; a bare choice is what to write.
@@ -140,10 +183,11 @@ OTHER_VALUES: dict[str, dict[str, str]] = {
         **dict.fromkeys(("token_cls", "ner", "token_classification", "pos"), "token-classification"),
         **dict.fromkeys(("image_classification", "vision", "image"), "image-classification"),
     },
-    "dtype": {
-        **dict.fromkeys(("bf16", "torch.bfloat16"), "bfloat16"),
-        **dict.fromkeys(("fp16", "half", "torch.float16"), "float16"),
-        **dict.fromkeys(("fp32", "float", "full", "torch.float32"), "float32"),
+    "dtype": _DTYPES,
+    "compute_dtype": _DTYPES,
+    "type": {
+        **dict.fromkeys(("4bit", "4", "int4", "bnb", "bitsandbytes", "normal_float4"), "nf4"),
+        **dict.fromkeys(("8bit", "8", "int8", "fp8"), _EIGHT_BITS),
     },
     "mixed_precision": {
         **dict.fromkeys(("false", "fp32", "float32", "none", "off", "32", "null"), "no"),

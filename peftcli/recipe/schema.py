@@ -58,6 +58,21 @@ class ModelSection(Section):
         return value
 
 
+class QuantizationSection(Section):
+    """How the base's linear layers are held in 4 bits. They do not train, and the output head stays as it is."""
+
+    type: Literal["nf4", "fp4"] = Field(
+        default="nf4", description="The 16 values of a weight: nf4 suits normally distributed ones, fp4 is a float."
+    )
+    double_quant: bool = Field(
+        default=True, description="Hold the scales in 8 bits too: 4.13 bits a weight instead of 4.5, hardly less exact."
+    )
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="Number format of the products. auto: bfloat16 where the device has it in hardware, else float32.",
+    )
+
+
 class Source(Section):
     """One dataset."""
 
@@ -235,6 +250,9 @@ class Recipe(Section):
     """A fine-tuning recipe: a base model, data, a method, and how to train."""
 
     model: ModelSection = Field(description="The base model.")
+    quantization: QuantizationSection | None = Field(
+        default=None, description="Hold the base in 4 bits, as QLoRA does. Left out: in `model.dtype`."
+    )
     data: DataSection = Field(description="What to learn from.")
     method: Mapping[str, Any] = Field(description="How to adapt the model: `type`, and that method's own fields.")
     training: TrainingSection = Field(default_factory=TrainingSection, description="How to train.")

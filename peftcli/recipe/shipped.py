@@ -17,6 +17,7 @@ from pydantic import BaseModel
 
 from peftcli.errors import RecipeError
 from peftcli.recipe.schema import Recipe
+from peftcli.recipe.shorthands import SHORTHANDS
 
 SCHEMA_FILE = Path(__file__).with_name("schema.json")
 FACTS = "x-peftcli"
@@ -51,8 +52,9 @@ def method_definition(name: str) -> dict[str, Any]:
 def method_fields() -> Mapping[str, tuple[str, ...]]:
     """Returns the names of each method's fields, `type` first, as the shipped schema has them."""
     definitions = json_schema()["$defs"]
-    choices = (definitions[name]["properties"] for name in definitions if name.startswith("method-"))
-    return {fields["type"]["const"]: ("type", *(name for name in fields if name != "type")) for fields in choices}
+    methods = (name.removeprefix("method-") for name in definitions if name.startswith("method-"))
+    choices = ((name, definitions[f"method-{name}"]["properties"]) for name in methods)
+    return {name: ("type", *(field for field in fields if field != "type")) for name, fields in choices}
 
 
 def build_schema(configs: Mapping[str, type[BaseModel]], facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -68,6 +70,10 @@ def build_schema(configs: Mapping[str, type[BaseModel]], facts: Mapping[str, Map
         method = config.model_json_schema(ref_template=f"#/$defs/{name}-{{model}}")
         definitions |= {f"{name}-{inner}": value for inner, value in method.pop("$defs", {}).items()}
         definitions[f"method-{name}"] = {**method, "title": f"method: {name}", FACTS: dict(facts[name])}
+    for name, short in SHORTHANDS.items():
+        if short.method in configs:
+            kind = definitions[f"method-{short.method}"]["properties"]["type"]
+            kind["enum"] = [*kind.get("enum", [kind.pop("const", short.method)]), name]
     properties = {"extends": _EXTENDS, **schema.pop("properties")}
     choices = [{"$ref": f"#/$defs/method-{name}"} for name in configs]
     properties["method"] = {"description": properties["method"]["description"], "anyOf": choices}

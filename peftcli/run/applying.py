@@ -14,6 +14,7 @@ from peftcli.checkpoint import adapter as adapter_files
 from peftcli.errors import RecipeError
 from peftcli.reporting import Reporter
 from peftcli.run.opening import load_weights, make_batcher, open_base
+from peftcli.run.packing import packing_of
 from peftcli.run.subject import Subject, check_target, evaluation_data, merged_section, proof_inputs
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def evaluate(
     reporter.stage("loading the base model")
     task, meaning = subject.base.section.task, subject.base.meaning
     measure = evaluator(task, meaning.kind)
-    model, _ = load_weights(subject.base, device, subject.seed)
+    model, _ = load_weights(subject.base, device, subject.seed, reporter)
     joins = task == "causal-lm" and joins_exactly(model)
     batcher = make_batcher(samples, subject.base, joins=joins)
     found: dict[str, dict[str, float]] = {}
@@ -71,7 +72,7 @@ def generate(
     given = subject.recipe.evaluation.generate if subject.recipe is not None else recipe.GenerateSection()
     settings = given.model_validate({**given.model_dump(), **changes})
     reporter.stage("loading the base model")
-    model, _ = load_weights(subject.base, models.pick_device(device_name), subject.seed)
+    model, _ = load_weights(subject.base, models.pick_device(device_name), subject.seed, reporter)
     say = partial(write, model, subject.base.tokenizer, form=subject.form, settings=settings, seed=subject.seed)
     # All of the base's answers come first: once attached, an adapter may have changed the base's own parameters.
     before = [{"base": say(prompt=prompt)} if with_base else {} for prompt in prompts]
@@ -98,7 +99,8 @@ def readout(subject: Subject, k: int, reporter: Reporter) -> list[dict[str, Any]
     prompt: Any
     (prompt,) = inject.adapters(model).values()
     embedding: Any = model.get_input_embeddings()
-    distances, tokens = nearest_tokens(prompt.P.detach(), embedding.weight.detach(), k)
+    real = embedding.weight.detach()[: len(subject.base.tokenizer)]  # rows beyond stand for no token
+    distances, tokens = nearest_tokens(prompt.P.detach(), real, k)
     per_prompt = subject.adapter.method.num_virtual_tokens(subject.adapter.config)
     return [
         {
@@ -147,7 +149,13 @@ def merge(
     with models.plain_folder(subject.base.section, subject.base.source) as folder, files.new_folder(target) as new:
         reporter.stage("merging the weights")
         skeleton = models.skeleton(subject.base.config, subject.base.section.task)
-        count = merging.merge_files(folder, skeleton, subject.adapter, new, wanted_dtype)
+        packing = packing_of(subject.base, skeleton)
+        if packing is not None:
+            reporter.note(
+                f"the {len(packing.paths)} linear layers that were held in {packing.section.type} become the weights "
+                "that these stood for, adapted or not: that is what the adapter was trained on"
+            )
+        count = merging.merge_files(folder, skeleton, subject.adapter, new, wanted_dtype, packing)
         with files.explained(new):
             subject.base.processor.save_pretrained(new)
         reporter.stage("computing what base and adapter answer")

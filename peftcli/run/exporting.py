@@ -12,6 +12,7 @@ from torch import Tensor
 
 from peftcli import files, inject, methods
 from peftcli.checkpoint.adapter import Origin, attach, save_adapter
+from peftcli.data.meaning import write_meaning
 from peftcli.errors import ModelError, RecipeError
 from peftcli.methods._protocol import Method
 from peftcli.reporting import Reporter
@@ -84,7 +85,7 @@ def export_as_lora(
     cpu = torch.device("cpu")
     inputs = proof_inputs(subject)
     reporter.stage("loading the base model")
-    model, _ = load_weights(subject.base, cpu, subject.seed)
+    model, _ = load_weights(subject.base, cpu, subject.seed, reporter)
     attach(model, subject.adapter)
     reporter.stage("computing what base and adapter answer")
     if lossy:
@@ -102,11 +103,14 @@ def export_as_lora(
         save_adapter(new, model, origin)
         with files.explained(new):
             subject.base.processor.save_pretrained(new)
+        write_meaning(new, subject.base.meaning)
     return Export(len(factors), max(len(A) for A, _ in factors.values()), exact, error, agreement)
 
 
 def _require_a_way(subject: Subject, rank: int | None, *, lossy: bool) -> bool:
     """Returns whether the adapter is exactly a LoRA; raises where it is not and nothing near was asked for."""
+    if rank is not None and lossy:
+        raise RecipeError("--rank and --lossy exclude each other", hint="--lossy keeps the adapter's own rank")
     method, config = subject.adapter.method, subject.adapter.config
     reason = method.not_low_rank(config)
     if reason is None:
@@ -134,7 +138,7 @@ def _factors(model: PreTrainedModel, rank: int | None, *, exact: bool, lossy: bo
     """Returns each adapter's factors, and the largest relative error of those that are not exact."""
     adapters = inject.adapters(model)
     if exact:
-        return {path: adapter.low_rank() for path, adapter in adapters.items()}, 0.0
+        return {path: _thinned(*adapter.low_rank()) for path, adapter in adapters.items()}, 0.0
     if lossy:
         return {path: adapter.averaged_low_rank() for path, adapter in adapters.items()}, None  # type: ignore[operator]
     assert rank is not None
@@ -146,6 +150,17 @@ def _factors(model: PreTrainedModel, rank: int | None, *, exact: bool, lossy: bo
         found[path] = Vh[:kept], U[:, :kept] * S[:kept]
         errors.append(float(S[kept:].norm() / S.norm()) if float(S.norm()) else 0.0)
     return found, max(errors)
+
+
+def _thinned(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns factors of the same product whose rank is at most its shorter side: VeRA's shared ones can be wider."""
+    (r, num_inputs), num_outputs = A.shape, len(B)
+    if r <= min(num_inputs, num_outputs):
+        return A, B
+    update = B @ A
+    if num_inputs <= num_outputs:
+        return torch.eye(num_inputs, device=A.device), update
+    return update, torch.eye(num_outputs, device=A.device)
 
 
 def _update(path: str, module: Any, adapter: Method) -> Tensor:

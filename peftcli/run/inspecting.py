@@ -8,7 +8,16 @@ from peftcli.data.collation import samples_of
 from peftcli.data.preview import Segment, render, render_sample
 from peftcli.recipe import LoadedRecipe
 from peftcli.reporting import Reporter
-from peftcli.run.opening import check_method, encode_data, find_sites, make_batcher, open_base, read_data
+from peftcli.run.opening import (
+    check_checkpointing,
+    check_method,
+    encode_data,
+    find_sites,
+    make_batcher,
+    open_base,
+    read_data,
+    settle,
+)
 
 
 def validate(loaded: LoadedRecipe, reporter: Reporter) -> dict[str, Any]:
@@ -19,9 +28,11 @@ def validate(loaded: LoadedRecipe, reporter: Reporter) -> dict[str, Any]:
     method, config = check_method(loaded)
     reporter.stage("reading the data and the model's configuration")
     raw = read_data(loaded.recipe)
-    base = open_base(loaded.recipe.model, meaning=raw.meaning)
+    base = open_base(loaded.recipe.model, meaning=raw.meaning, packed=loaded.recipe.quantization)
     fit = find_sites(loaded, base, method, config)
+    check_checkpointing(loaded, method, config)
     prepared = encode_data(loaded.recipe, raw, base)
+    settle(loaded, method, config, base, prepared)
     return {
         "recipe": str(loaded.path),
         "method": loaded.recipe.method["type"],

@@ -13,8 +13,10 @@ from pydantic import ValidationError
 from peftcli import data, inject, methods, models, recipe, targets
 from peftcli.data.batching import Batcher, Batches
 from peftcli.data.meaning import Meaning
-from peftcli.errors import ModelError, Problem, RecipeError
+from peftcli.errors import ModelError, PeftcliError, Problem, RecipeError
 from peftcli.recipe import LoadedRecipe, Recipe
+from peftcli.reporting import Reporter
+from peftcli.run.packing import check_quantization, pack
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -35,6 +37,8 @@ class Base:
         processor: Its tokenizer, or its image processor.
         meaning: What its data is encoded for.
         remarks: What was decided on the way and the user should know.
+        quantization: How its linear layers are held in 4 bits; None where they are not.
+        dense: Paths, or their ends, of modules that are not, beside the heads.
     """
 
     section: recipe.ModelSection
@@ -43,6 +47,8 @@ class Base:
     processor: PreTrainedTokenizerBase | BaseImageProcessor
     meaning: Meaning = field(default_factory=Meaning)
     remarks: tuple[str, ...] = ()
+    quantization: recipe.QuantizationSection | None = None
+    dense: tuple[str, ...] = ()
 
     @property
     def reads_images(self) -> bool:
@@ -67,13 +73,19 @@ class Base:
         return getattr(self.config, "_commit_hash", None) or self.section.revision
 
 
-def open_base(section: recipe.ModelSection, tokenizer_from: Path | None = None, meaning: Meaning | None = None) -> Base:
+def open_base(
+    section: recipe.ModelSection,
+    tokenizer_from: Path | None = None,
+    meaning: Meaning | None = None,
+    packed: recipe.QuantizationSection | None = None,
+) -> Base:
     """Returns the base model's configuration and tokenizer or image processor.
 
     Args:
         section: The recipe's model section.
         tokenizer_from: A folder whose tokenizer or image processor is to be used, if it has one.
         meaning: The labels and tasks of the data; None where there are none.
+        packed: The recipe's quantization section.
     """
     source = models.locate(section)
     config = models.load_config(section, source)
@@ -87,7 +99,7 @@ def open_base(section: recipe.ModelSection, tokenizer_from: Path | None = None, 
     if tokenizer_from is not None and (tokenizer_from / kept).is_file():
         own = recipe.ModelSection(name=str(tokenizer_from))
     where = source if own is section else models.ModelSource(own.name, True, {})
-    return _with_padding(Base(section, source, config, load(own, where), known))
+    return _with_padding(Base(section, source, config, load(own, where), known, (), packed))
 
 
 def in_order_of(config: PretrainedConfig, meaning: Meaning) -> Meaning:
@@ -122,7 +134,7 @@ def _with_padding(base: Base) -> Base:
 
 
 def load_weights(
-    base: Base, device: torch.device, seed: int = 0, *, wide: bool = False
+    base: Base, device: torch.device, seed: int = 0, reporter: Reporter | None = None, *, wide: bool = False
 ) -> tuple[PreTrainedModel, list[str]]:
     """Returns the base model with its weights on `device`, and the names of the parameters that start anew.
 
@@ -131,7 +143,12 @@ def load_weights(
     section = base.section
     if wide and section.dtype == "auto":
         section = section.model_copy(update={"dtype": "float32"})
-    return models.load_model(section, base.source, base.config, device, seed)
+    if base.quantization is None:
+        return models.load_model(section, base.source, base.config, device, seed)
+    dtype = str(models.resolve_dtype(section, base.config, device)).removeprefix("torch.")
+    section = section.model_copy(update={"dtype": dtype})
+    model, fresh = models.load_model(section, base.source, base.config, torch.device("cpu"), seed)
+    return pack(model, base, fresh, device, reporter), fresh
 
 
 def check_method(loaded: LoadedRecipe) -> tuple[type[Method], MethodConfig]:
@@ -184,19 +201,20 @@ def find_sites(loaded: LoadedRecipe, base: Base, method: type[Method], config: M
     Raises:
         RecipeError: They cannot be; each problem carries the recipe's line.
     """
-    _check_task(loaded, base, method)
+    check_task(loaded, method)
     try:
         skeleton = models.skeleton(base.config, base.section.task)
         sites = targets.find_sites(skeleton, method, config)
         inject.check(method, config, sites, skeleton)
+        check_quantization(base.quantization, skeleton, method, config)
     except RecipeError as error:
         raise RecipeError.of(located(loaded, error)) from error
     return Fit(sites, inject.trains_base(skeleton, method, config))
 
 
-def _check_task(loaded: LoadedRecipe, base: Base, method: type[Method]) -> None:
+def check_task(loaded: LoadedRecipe, method: type[Method]) -> None:
     """Raises a RecipeError where the method cannot do the recipe's task."""
-    task, name = base.section.task, loaded.recipe.method["type"]
+    task, name = loaded.recipe.model.task, loaded.recipe.method["type"]
     if method.tasks is not None and task not in method.tasks:
         raise RecipeError(
             f"method.type: {name} does not do model.task: {task}",
@@ -205,19 +223,69 @@ def _check_task(loaded: LoadedRecipe, base: Base, method: type[Method]) -> None:
         )
 
 
-def settle(method: type[Method], config: MethodConfig, base: Base, prepared: PreparedData) -> MethodConfig:
-    """Returns `config` with what the method wanted to find in tokenizer and data."""
+def check_checkpointing(loaded: LoadedRecipe, method: type[Method], config: MethodConfig) -> None:
+    """Raises a RecipeError where activations are to be recomputed and the method cannot have that."""
+    obstacle = method.obstacle(config, "checkpointing")
+    if loaded.recipe.training.gradient_checkpointing and obstacle is not None:
+        where = loaded.where("training", "gradient_checkpointing")
+        raise RecipeError(f"training.gradient_checkpointing: {obstacle}", where=where, hint="set it to false")
+
+
+def settle(
+    loaded: LoadedRecipe, method: type[Method], config: MethodConfig, base: Base, prepared: PreparedData
+) -> MethodConfig:
+    """Returns `config` with what the method wanted to find in tokenizer and data.
+
+    Raises:
+        RecipeError: The method cannot do with these data, or as many steps; each problem carries the recipe's line.
+    """
+    _check_steps(loaded, method, config, len(prepared.train))
     if base.reads_images:
         return config
     from peftcli.data.facts import DataFacts
 
     samples = cast("data.EncodedDataset", prepared.train)
     known = DataFacts(base.tokenizer, samples, prepared.labels or (), prepared.num_tasks)
-    settled: MethodConfig = method.prepare(config, known)
+    try:
+        settled: MethodConfig = method.prepare(config, known)
+    except RecipeError as error:
+        raise RecipeError.of(located(loaded, error)) from error
+    held_out = cast("data.EncodedDataset | None", prepared.eval)
+    longest = max(int(one.lengths.max(initial=0)) for one in (samples, held_out) if one is not None)
+    _check_positions(loaded, method.num_positions(settled), models.max_positions(base.config), longest)
     return settled
 
 
-def located(loaded: LoadedRecipe, error: RecipeError) -> Iterator[Problem]:
+def _check_steps(loaded: LoadedRecipe, method: type[Method], config: MethodConfig, num_samples: int) -> None:
+    """Raises a RecipeError where the method cannot do with as many steps as the recipe's training takes."""
+    from peftcli.data.sampling import StepPlan
+    from peftcli.training.schedule import total_steps
+
+    training = loaded.recipe.training
+    size, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    plan = StepPlan(num_samples, size, accumulation, training.seed)
+    problems = [
+        Problem(f"method.{message}")
+        for message in method.check_steps(config, total_steps(training, plan.steps_per_epoch))
+    ]
+    if problems:
+        raise RecipeError.of(located(loaded, RecipeError.of(problems)))
+
+
+def _check_positions(loaded: LoadedRecipe, taken: int, positions: int | None, longest: int) -> None:
+    """Raises a RecipeError where the longest sample and the positions `taken` by the method are more than there are."""
+    if not taken or positions is None or longest + taken <= positions:
+        return
+    room = positions - taken
+    raise RecipeError(
+        f"method.num_virtual_tokens: {taken:,}, with the {longest:,} tokens of the longest sample, are more than the "
+        f"model's {positions:,} positions",
+        where=loaded.where("method", "num_virtual_tokens"),
+        hint=f"set data.max_length to {room} or less" if room > 1 else f"set it to {positions - longest} or less",
+    )
+
+
+def located(loaded: LoadedRecipe, error: PeftcliError) -> Iterator[Problem]:
     """Yields the error's problems with the recipe's lines, told from the `method.field` that each begins with."""
     for problem in error.problems:
         key = problem.message.partition(":")[0].split(".")

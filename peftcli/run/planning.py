@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftcli import inject, manifest, models
@@ -11,7 +12,8 @@ from peftcli.checkpoint.adapter import adapter_tensors
 from peftcli.errors import RecipeError
 from peftcli.recipe import LoadedRecipe
 from peftcli.reporting import Reporter
-from peftcli.run.opening import check_method, located
+from peftcli.run.opening import check_method, check_task, located, read_data
+from peftcli.run.packing import check_quantization
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,17 +46,19 @@ def plan(loaded: LoadedRecipe, reporter: Reporter) -> dict[str, Any]:
         ModelError: The model's configuration cannot be read.
     """
     method, config = check_method(loaded)
+    check_task(loaded, method)
     section = loaded.recipe.model
     reporter.stage("reading the model's configuration")
     source = models.locate(section)
     base_config = models.load_config(section, source)
-    if section.num_labels is not None:
-        base_config.num_labels = section.num_labels
+    _set_labels(loaded, base_config, reporter)
     model = models.skeleton(base_config, section.task)
     try:
+        check_quantization(loaded.recipe.quantization, model, method, config)
         sites = inject.graft(model, method, config, loaded.recipe.training.seed)
     except RecipeError as error:
         raise RecipeError.of(located(loaded, error)) from error
+    inject.widen_trained(model)
     tensors = method.tensors_to_peft(adapter_tensors(model), config).values()
     return {
         "method": loaded.recipe.method["type"],
@@ -64,6 +68,20 @@ def plan(loaded: LoadedRecipe, reporter: Reporter) -> dict[str, Any]:
         "adapter_bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
         "modules": [asdict(group) for group in _groups(model, sites)],
     }
+
+
+def _set_labels(loaded: LoadedRecipe, config: Any, reporter: Reporter) -> None:
+    """Gives the model's configuration as many labels as the recipe says, else its data where that lies here."""
+    section, data = loaded.recipe.model, loaded.recipe.data
+    if section.task in models.LANGUAGE_TASKS:
+        return
+    if section.num_labels is not None:
+        config.num_labels = section.num_labels
+    elif all(Path(source.path).exists() for source in data.train):
+        labels = read_data(loaded.recipe).meaning.labels
+        config.num_labels = len(labels.names) if labels is not None else config.num_labels
+    else:
+        reporter.note(f"the head is counted for {config.num_labels} labels: set model.num_labels where it has others")
 
 
 def _groups(model: PreTrainedModel, sites: list[Site]) -> list[Group]:

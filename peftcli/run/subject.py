@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,7 @@ import torch
 
 from peftcli import data, models, recipe
 from peftcli.checkpoint import adapter as adapter_files
-from peftcli.data.meaning import read_meaning
+from peftcli.data.meaning import read_meaning, task_of
 from peftcli.errors import DataError, HostError, ModelError, RecipeError
 from peftcli.recipe import Recipe
 from peftcli.run import MERGED_FOLDER, RECIPE_FILE
@@ -79,13 +79,15 @@ def open_subject(run: Path | None, adapter: Path | None, model: str | None) -> S
     merged = run / MERGED_FOLDER if run is not None and adapter is None and model is None else None
     if merged is not None and not (merged / "config.json").is_file():
         merged = None
-    base = open_base(section, tokenizer_from=folder, meaning=read_meaning(folder, section.task))
-    return Subject(base, found, own, merged)
+    packed = own.quantization if own is not None else None
+    base = open_base(section, folder, read_meaning(folder, section.task), packed)
+    return Subject(replace(base, dense=found.trained), found, own, merged)
 
 
 def _section_of(adapter: Adapter, model: str | None) -> recipe.ModelSection:
     """Returns the model section of an adapter that comes without a recipe; `model` is the base's name, if given."""
-    fields = {"name": model or _base_name(adapter), "task": adapter_files.task_of(adapter.folder)}
+    task = task_of(adapter.folder) or adapter_files.task_of(adapter.folder)  # PEFT has no name for that of images
+    fields = {"name": model or _base_name(adapter), "task": task}
     return recipe.ModelSection.model_validate(fields)
 
 

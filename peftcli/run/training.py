@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from peftcli import files, inject, manifest, models, recipe
+from peftcli import files, inject, manifest, models, quantization, recipe
 from peftcli.checkpoint import adapter as adapter_files
 from peftcli.checkpoint import state
 from peftcli.data.meaning import write_meaning
@@ -22,6 +22,7 @@ from peftcli.reporting import Reporter
 from peftcli.run import RECIPE_FILE
 from peftcli.run.opening import (
     Base,
+    check_checkpointing,
     check_method,
     encode_data,
     find_sites,
@@ -101,18 +102,19 @@ def train(
         resumed = _resume_from(loaded.recipe, folder, reporter) if options.resume else None
         reporter.stage("reading the data and the model's configuration")
         raw = read_data(loaded.recipe)
-        base = open_base(loaded.recipe.model, meaning=raw.meaning)
+        base = open_base(loaded.recipe.model, meaning=raw.meaning, packed=loaded.recipe.quantization)
         fit = find_sites(loaded, base, method, config)
-        _check_checkpointing(loaded, method, config)
+        check_checkpointing(loaded, method, config)
         prepared = encode_data(loaded.recipe, raw, base)
         _note_data(prepared, base, reporter)
-        config = settle(method, config, base, prepared)
+        config = settle(loaded, method, config, base, prepared)
         show(render(prepared.train, 0, base.processor, prepared.meaning.labels))
         reporter.stage("loading the base model")
-        model, fresh = load_weights(base, device, settings.seed, wide=fit.trains_base)
+        model, fresh = load_weights(base, device, settings.seed, reporter, wide=fit.trains_base)
         joins = _may_join(loaded.recipe, model, method.obstacle(config, "flat"), reporter)
         inject.graft(model, method, config, settings.seed, trained=fresh)
         inject.widen_trained(model)
+        quantization.require_exact_biases(model)
         _note_fresh(fresh, reporter)
         _note_sizes(model, precision, reporter)
         job = Job(loaded.recipe, folder, base, model, method, config, prepared, joins)
@@ -199,14 +201,6 @@ def _note_data(prepared: PreparedData, base: Base, reporter: Reporter) -> None:
         reporter.note(f"train: {line}")
     for line in prepared.eval_report.lines() if prepared.eval_report else ():
         reporter.note(f"eval: {line}")
-
-
-def _check_checkpointing(loaded: LoadedRecipe, method: type[Method], config: MethodConfig) -> None:
-    """Raises a RecipeError where activations are to be recomputed and the method cannot have that."""
-    obstacle = method.obstacle(config, "checkpointing")
-    if loaded.recipe.training.gradient_checkpointing and obstacle is not None:
-        where = loaded.where("training", "gradient_checkpointing")
-        raise RecipeError(f"training.gradient_checkpointing: {obstacle}", where=where, hint="set it to false")
 
 
 def _may_join(wanted: Recipe, model: PreTrainedModel, obstacle: str | None, reporter: Reporter) -> bool:

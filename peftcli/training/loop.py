@@ -20,6 +20,7 @@ from torch import Tensor
 
 from peftcli import inject
 from peftcli.checkpoint import state
+from peftcli.checkpoint.adapter import trained_beside
 from peftcli.checkpoint.state import Progress
 from peftcli.errors import DataError, Interrupted, NumericalError
 from peftcli.training import checks, logs, loss, optimizers, schedule
@@ -98,7 +99,11 @@ class Trainer:
         self.parameters = optimizers.trainable_parameters(task.model)
         checks.something_trains(self.parameters)
         self.optimizer = optimizers.make_optimizer(
-            task.model, task.settings, task.learning_rate, task.head_learning_rate
+            task.model,
+            task.settings,
+            task.learning_rate,
+            task.head_learning_rate,
+            trained_beside(task.model, task.origin),
         )
         self.progress = Progress(data=task.batcher.dataset.fingerprint)
         self.total = schedule.total_steps(task.settings, task.plan.steps_per_epoch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,9 +21,13 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def make_optimizer(
-    model: nn.Module, settings: TrainingSection, learning_rate: float, head_learning_rate: float
+    model: nn.Module,
+    settings: TrainingSection,
+    learning_rate: float,
+    head_learning_rate: float,
+    heads: Collection[str] = (),
 ) -> torch.optim.Optimizer:
-    """Returns the optimizer that the recipe names.
+    """Returns the optimizer that the recipe names; `heads` are the parameters that learn at the head's rate.
 
     Parameters are grouped by their learning rate and by whether they decay. Vectors (DoRA's magnitude, biases) never
     do: decay pulls towards 0, and that is not where a length or an offset should go.
@@ -32,7 +37,7 @@ def make_optimizer(
         for path, part in inject.parts(model).items()
         for name, factor in part.learning_rate_factors().items()
     }
-    rates |= dict.fromkeys(inject.head_parameters(model), head_learning_rate)
+    rates |= dict.fromkeys(heads, head_learning_rate)
     groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in trainable_parameters(model).items():
         decay = settings.weight_decay if parameter.ndim > 1 else 0.0

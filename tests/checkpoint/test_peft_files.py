@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from peftcli import inject
+from peftcli import inject, methods
 from peftcli.checkpoint.adapter import attach, read_adapter, save_adapter
 from peftcli.errors import ModelError
-from tests.methods.building import adapt, assert_close, logits, origin_of, randomise, token_ids
+from tests.families import tiny_model
+from tests.methods.building import adapt, assert_close, config_for, logits, origin_of, randomise, token_ids
 from tests.tolerances import EXACT
 
 TOLERANCE = EXACT[torch.float32]
@@ -111,6 +112,85 @@ def test_we_load_what_peft_writes(family, fields, make_model, tmp_path):
     attach(model, read_adapter(tmp_path))
     assert_close(logits(model, ids), logits(theirs, ids), TOLERANCE)
     assert not torch.allclose(logits(model, ids), logits(make_model(family), ids))
+
+
+@pytest.mark.parametrize("trained", [["lm_head"], ["embed_tokens", "lm_head"], ["input_layernorm"]], ids=str)
+def test_modules_that_peft_has_trained_in_full(trained, make_model, tmp_path):
+    ids = token_ids()
+    theirs = theirs_of(make_model(), modules_to_save=trained)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "modules_to_save" in name or "lora_" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    theirs.save_pretrained(tmp_path)
+    model = make_model()
+    attach(model, read_adapter(tmp_path))
+    own = {name.rpartition(".")[0].rpartition(".")[2] for name in inject.trained_base(model)}
+    assert own == set(trained)
+    assert_close(logits(model, ids), logits(theirs, ids), TOLERANCE)
+
+
+def test_modules_that_we_have_trained_in_full(make_model, tmp_path):
+    from peft import PeftModel
+
+    ids, model = token_ids(), make_model()
+    config = config_for("lora", ["q_proj"])
+    inject.graft(model, methods.load("lora"), config, 0, trained=["lm_head"])
+    randomise(model, 0.1)
+    save_adapter(tmp_path, model, origin_of("lora", config, base_model=""))
+    theirs = PeftModel.from_pretrained(make_model(), tmp_path).eval()
+    assert_close(logits(theirs, ids), logits(model, ids), TOLERANCE)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "vera", "vblora", "adalora", "ia3", "waveft"])
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        ("bert", "BertForSequenceClassification"),
+        ("roberta", "RobertaForSequenceClassification"),
+        ("llama", "LlamaForSequenceClassification"),
+        ("bert", "BertForTokenClassification"),
+    ],
+)
+def test_peft_loads_our_task_heads(method, family, kind, tmp_path):
+    """Into a model of transformers' own whose head started elsewhere."""
+    import transformers
+    from peft import PeftModel
+
+    pad = {"pad_token_id": 0} if family == "llama" else {}
+    model = tiny_model(family, kind, **pad)
+    config = config_for(method, ["v_proj"] if family == "llama" else ["query", "value"])
+    inject.graft(model, methods.load(method), config, 0)
+    randomise(model)
+    task = "token-classification" if "Token" in kind else "sequence-classification"
+    (tmp_path / "ours").mkdir()
+    save_adapter(tmp_path / "ours", model, origin_of(method, config, base_model="", task=task))
+    plain = tiny_model(family, kind, **pad)
+    with torch.no_grad():
+        for parameter in inject.head_parameters(plain).values():
+            parameter.normal_()
+    plain.save_pretrained(tmp_path / "base")
+    auto = getattr(transformers, f"AutoModelFor{'Token' if 'Token' in kind else 'Sequence'}Classification")
+    theirs = PeftModel.from_pretrained(auto.from_pretrained(tmp_path / "base", dtype=torch.float32), tmp_path / "ours")
+    ids = torch.randint(3, 40, (2, 7))
+    expected = model(input_ids=ids).logits
+    assert_close(theirs.eval()(input_ids=ids).logits, expected, TOLERANCE)
+    assert not torch.allclose(plain(input_ids=ids).logits, expected)
+
+
+def test_a_pissa_whose_rank_on_file_is_more_than_a_side(make_model, tmp_path):
+    """Twice r: it loads here and in PEFT all the same."""
+    from peft import PeftModel
+
+    ids, model = token_ids(), make_model()
+    config, _ = adapt(model, "lora", ["k_proj", "o_proj"], init="pissa", r=20)
+    randomise(model, 0.1)
+    save_adapter(tmp_path, model, origin_of("lora", config, base_model=""))
+    again = make_model()
+    attach(again, read_adapter(tmp_path))
+    assert_close(logits(again, ids), logits(model, ids), TOLERANCE)
+    theirs = PeftModel.from_pretrained(make_model(), tmp_path).eval()
+    assert_close(logits(theirs, ids), logits(model, ids), TOLERANCE)
 
 
 def test_a_pissa_that_peft_has_converted(make_model, tmp_path):

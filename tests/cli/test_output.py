@@ -9,6 +9,7 @@ from rich.console import Console
 import peftcli
 from peftcli.cli import console
 from peftcli.recipe import Recipe, method_names
+from peftcli.recipe.shorthands import SHORTHANDS
 
 LONGEST_LINE = 100
 
@@ -131,7 +132,7 @@ class TestInspecting:
 class TestReference:
     def test_methods(self, cli):
         code, stdout, stderr = cli("methods", "--json")
-        assert (code, stderr, tuple(json.loads(stdout))) == (0, "", method_names())
+        assert (code, stderr, list(json.loads(stdout))) == (0, "", sorted((*method_names(), *SHORTHANDS)))
         _, table, _ = cli("methods")
         assert all(f"\n{name} " in table for name in method_names())
         assert all(len(line) <= LONGEST_LINE for line in json.loads(stdout).values())

@@ -251,11 +251,13 @@ def test_the_network_makes_the_prefix(make_model, ids):
     model, adapter = prefixed("llama", make_model, reparametrize=True, prefix_hidden_size=10)
     assert set(trainable(model)) == {f"adapter.{name}" for name in ("E", "W1", "b1", "W2", "b2")}
     E, W1, b1, W2, b2 = (getattr(adapter, name).detach() for name in ("E", "W1", "b1", "W2", "b2"))
+    assert adapter.learning_rate_factors() == dict.fromkeys(("E", "W1", "b1", "W2", "b2"), 0.1)
     assert (E.shape, W1.shape, W2.shape) == ((3, 48), (10, 48), (96, 10))
     assert sum(p.numel() for p in trainable(model).values()) == 3 * 48 + (48 * 10 + 10) + (10 * 96 + 96)
     expected = torch.stack([W2 @ torch.tanh(W1 @ row + b1) + b2 for row in E])
     assert_close(adapter.prefix(), expected, FP64)
     plain, other = prefixed("llama", make_model)
+    assert other.learning_rate_factors() == {}
     other.P.data = expected
     assert_close(called(model, ids), called(plain, ids), FP64)
     called(model, ids).square().sum().backward()
@@ -341,15 +343,16 @@ def test_generated_text_is_pefts(kind, make_model):
     assert torch.equal(ours, twin.generate(input_ids=ids, attention_mask=mask, **options))
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert-labels"])
 @pytest.mark.parametrize("told", [True, False], ids=["with the shape", "without"])
 def test_peft_loads_what_we_write(kind, told, make_model, tmp_path):
     from peft import PeftConfig, PeftModel
 
+    task = "sequence-classification" if kind == "bert-labels" else "causal-lm"
     base = task_model(kind, make_model, torch.float32)
     model = copy.deepcopy(base)
     config, found = adapt(model, "prefix", init="random")
-    save_adapter(tmp_path, model, origin_of("prefix", config, base_model=""))
+    save_adapter(tmp_path, model, origin_of("prefix", config, base_model="", task=task))
     fields = PeftConfig.from_pretrained(tmp_path)
     for name, value in PrefixTuning.peft_config(config, found if told else []).items():
         setattr(fields, name, value)

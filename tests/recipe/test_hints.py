@@ -29,13 +29,35 @@ from .conftest import GOOD
         ("training.optimizer", "peftcli calls this training.optim"),
         ("training.bf16", "peftcli calls this training.mixed_precision; write mixed_precision: bf16"),
         ("lora", "peftcli calls this method"),
+        ("method.init_r", "peftcli calls this method.r"),
+        ("method.tinit", "peftcli calls this method.warmup_steps"),
+        ("method.deltaT", "peftcli calls this method.interval"),
+        ("method.vera_dropout", "peftcli calls this method.dropout"),
+        ("method.vblora_dropout", "peftcli calls this method.dropout"),
+        ("method.save_only_topk_weights", "peftcli calls this method.save_topk_only"),
+        ("method.prompt_tuning_init", "peftcli calls this method.init"),
+        ("method.prompt_tuning_init_text", "peftcli calls this method.init_text"),
+        ("method.prefix_projection", "peftcli calls this method.reparametrize"),
+        ("method.encoder_hidden_size", "peftcli calls this method.prefix_hidden_size"),
+        ("method.adapter_size", "peftcli calls this method.bottleneck_size"),
+        ("method.reduction_factor", "peftcli calls this method.bottleneck_size; write the model's hidden size divided"),
+        ("method.lora_nums", "peftcli calls this method.num_heads"),
+        ("prefix_projection", "peftcli calls this method.reparametrize"),
         ("output", "peftcli calls this output_dir"),
+        ("load_in_4bit", "peftcli calls this quantization; write quantization: {type: nf4}"),
+        ("model.quantization_config", "peftcli calls this quantization; write quantization: {type: nf4}"),
+        ("bnb_4bit_quant_type", "peftcli calls this quantization.type"),
+        ("quantization.bnb_4bit_compute_dtype", "peftcli calls this quantization.compute_dtype"),
+        ("use_qlora", "peftcli calls this quantization; write quantization: {type: nf4}, or method.type: qlora"),
         # What is not there.
-        ("load_in_4bit", "a quantised base is not in this version yet"),
-        ("quantization", "a quantised base is not in this version yet"),
+        ("load_in_8bit", "a base in 8 bits is not in this version"),
+        ("quantization.bnb_4bit_quant_storage", "4-bit weights are stored as bytes"),
         ("data.packing", "packing is not in this version; data.padding_free already avoids the padding"),
         ("model.trust_remote_code", "never accepted from a recipe: peftcli runs no code from a model repository"),
         ("training.compile", "compiling the model is not in this version"),
+        ("method.token_dim", "it follows from the model"),
+        ("method.total_step", "it follows from training.max_steps or training.num_train_epochs"),
+        ("method.wavelet_family", "waveft has Haar's wavelet alone, PEFT's db1"),
         ("deepspeed", "training on several devices is not in this version yet"),
         ("distributed", "training on several devices is not in this version yet"),
         ("wandb_project", "logging.report_to takes tensorboard"),
@@ -60,7 +82,7 @@ from .conftest import GOOD
         ("data.target_module", 'did you mean "method.target_modules"?'),
         # Nothing comes near.
         ("logging.zzz", "logging takes report_to"),
-        ("zzz", "a recipe takes model, data, method, training, evaluation, logging, output_dir, extends"),
+        ("zzz", "a recipe takes model, quantization, data, method, training, evaluation, logging, output_dir, extends"),
         ("x" * 1000, None),
     ],
 )
@@ -68,6 +90,21 @@ def test_hints_on_unknown_keys(path, hint):
     said = hints.for_unknown_key(tuple(path.split(".")))
     assert (said or "").split(";")[0] == (hint or "").split(";")[0]
     assert hint is None or said.startswith(hint)
+
+
+@pytest.mark.parametrize(
+    ("key", "known", "hint"),
+    [
+        ("lora_alpha", ("type", "r"), "peftcli calls this method.alpha, which this method does not have"),
+        ("lora_alpha", ("type", "alpha"), "peftcli calls this method.alpha"),
+        ("reduction_factor", ("type", "r"), "peftcli calls this method.bottleneck_size, which this method does not"),
+        ("lr", ("type", "r"), "peftcli calls this training.learning_rate"),
+    ],
+)
+def test_a_field_that_the_method_does_not_have(key, known, hint):
+    said = hints.for_unknown_key(("method", key), known)
+    assert said.startswith(hint)
+    assert ("does not have" in said) == ("does not" in hint)
 
 
 def test_no_hint_accepts_the_key(folder):
@@ -100,6 +137,8 @@ def test_no_other_name_is_a_key_of_ours():
 
 def test_no_other_value_is_a_choice_of_ours():
     for path in all_fields():
+        if path == ("method", "type"):  # its values are no choices of the schema
+            continue
         for value in names.OTHER_VALUES.get(path[-1], {}):
             assert value != default_of(path)
 

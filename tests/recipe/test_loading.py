@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from peftcli.errors import RecipeError
-from peftcli.recipe import Source, load, method_names
+from peftcli.recipe import Source, dump, load, method_names
+from peftcli.recipe.shorthands import SHORTHANDS
 
 from .conftest import GOOD, lines
 
@@ -208,12 +209,53 @@ def test_what_is_missing_or_of_another_form(folder, text, expected):
 
 
 def test_an_unknown_method(folder):
-    (problem,) = folder.problems(GOOD.replace("lora", "qlora"))
+    (problem,) = folder.problems(GOOD.replace("lora", "lorra"))
     assert problem.where == "r.yaml:6"
-    assert problem.message == 'method.type: unknown method "qlora"'
+    assert problem.message == 'method.type: unknown method "lorra"'
     assert problem.hint is not None
     assert problem.hint.startswith('did you mean "lora"? methods: ')
-    assert all(name in problem.hint for name in method_names())
+    assert all(name in problem.hint for name in (*method_names(), *SHORTHANDS))
+
+
+class TestShorthands:
+    """`type: qlora` is `type: lora` on a base in NF4, and nothing that comes after can tell the two apart."""
+
+    QLORA = GOOD.replace("lora", "qlora")
+    LONG = GOOD + "quantization: {type: nf4}\n"
+
+    def test_it_is_the_long_form(self, folder):
+        short, long = folder.load(self.QLORA), folder.load(self.LONG)
+        assert short.recipe == long.recipe
+        assert short.recipe.quantization is not None
+        assert (short.recipe.method["type"], short.recipe.quantization.type) == ("lora", "nf4")
+        assert short.where("quantization", "type") == short.where("method", "type") == "r.yaml:6"
+        assert "qlora" not in dump(short.recipe)
+
+    def test_what_else_the_section_says_stands(self, folder):
+        loaded = folder.load(self.QLORA + "quantization:\n  double_quant: false\n")
+        assert loaded.recipe.quantization is not None
+        assert (loaded.recipe.quantization.type, loaded.recipe.quantization.double_quant) == ("nf4", False)
+        assert loaded.where("quantization", "double_quant") == "r.yaml:11"
+
+    @pytest.mark.parametrize(
+        ("section", "key", "said"),
+        [
+            ("quantization: {type: fp4}\n", "quantization.type", '"fp4"'),
+            ("quantization: null\n", "quantization", "null"),
+        ],
+    )
+    def test_a_section_that_says_otherwise(self, folder, section, key, said):
+        (problem,) = folder.problems(self.QLORA + section)
+        assert str(problem.where) == "r.yaml:10"
+        assert problem.message == f"{key}: {said} does not go with method.type: qlora at r.yaml:6"
+
+    def test_a_section_of_another_form(self, folder):
+        (problem,) = folder.problems(self.QLORA + "quantization: nf4\n")
+        assert problem.message.startswith("quantization: expected `key: value` lines")
+
+    def test_on_the_command_line(self, folder):
+        found = folder.load(GOOD, "method.type=qlora").recipe
+        assert (found.method["type"], found.method["r"], found.quantization is not None) == ("lora", 8, True)
 
 
 def test_a_field_of_another_method_names_that_method(folder):

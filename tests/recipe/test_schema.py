@@ -18,7 +18,8 @@ WRONG = [
     GOOD + "  oops: 1\n",
     GOOD.replace("r: 8", "oops: 8"),
     GOOD.replace("r: 8", "detach_norm: true"),
-    GOOD.replace("lora", "qlora"),
+    GOOD.replace("lora", "lorra"),
+    GOOD + "quantization: {type: int8}\n",
     GOOD.replace("  type: lora\n", ""),
     GOOD.replace("  name: org/tiny-model\n", "  dtype: auto\n"),
     GOOD.replace("  train: data/train.jsonl\n", "  max_length: 5\n"),
@@ -36,6 +37,9 @@ RIGHT = [
     GOOD.replace("data/train.jsonl", "[a, {path: b}]"),
     GOOD + "logging: {report_to: tensorboard}\n",
     GOOD + "  max_grad_norm: null\n",
+    GOOD.replace("lora", "qlora"),
+    GOOD + "quantization: {type: fp4, double_quant: false}\n",
+    GOOD + "quantization: null\n",
 ]
 
 
@@ -90,5 +94,5 @@ def test_every_method_and_every_field_is_described():
     sections = [schema, *(definition for definition in schema["$defs"].values() if "properties" in definition)]
     for section in sections:
         for name, field in section["properties"].items():
-            described = "description" in field or "$ref" in field or (name == "type" and "const" in field)
+            described = "description" in field or "$ref" in field or (name == "type" and {"const", "enum"} & set(field))
             assert described, f"{section['title']}: {name}"

@@ -71,6 +71,7 @@ def test_every_field_of_every_section(recipe_file, train, reads, rows, tmp_path,
         training={"max_steps": None, "num_train_epochs": 0.5, "warmup_ratio": 0.1, "learning_rate": None},
         evaluation={"generate": {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "max_new_tokens": 2}},
         logging={"report_to": ["tensorboard"]},
+        quantization={"type": "fp4"},
         output_dir="other",
     )
     train(other)

@@ -1,9 +1,11 @@
 """What each method can do with each task, from a recipe to its last command: the rows of the support matrix.
 
-A test here either shows that something works, or that it is refused before any work is done, with the reason.
+A test here either shows that something works, or that it is refused before any work is done, with the reason. Each
+records what it found, and `make support` writes the tests that passed into docs/methods.md.
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -13,9 +15,19 @@ import torch
 from PIL import Image
 
 from peftcli import methods, recipe
+from peftcli.checkpoint.adapter import attach, read_adapter, save_adapter
 from tests.conftest import WORDS, Recorder, write_jsonl
 from tests.families import save_family
-from tests.methods.building import SMALL
+from tests.methods.building import (
+    SMALL,
+    adapt,
+    assert_close,
+    logits,
+    origin_of,
+    randomise,
+    token_ids,
+)
+from tests.tolerances import EXACT as TOLERANCES
 
 NAMES = methods.names()
 FAMILY = {
@@ -25,10 +37,21 @@ FAMILY = {
     "token-classification": "bert",
     "image-classification": "vit",
 }
+FLOAT32 = TOLERANCES[torch.float32]
 NUM_LESSONS = 300
 NUM_STEPS = 300
 EXACT = 1e-4
 """How far logits may be apart, relative to the largest, where two models are meant to be one."""
+
+
+@pytest.fixture
+def record(record_property):
+    """Notes for the matrix what a method can do: `record("lora", "merge")`, or why it cannot."""
+
+    def note(name, feature, reason=""):
+        record_property("support", [name, feature, reason])
+
+    return note
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +103,7 @@ def fields_of(name):
 def write(recipe_file, families, tmp_path):
     """Writes the recipe of a method and a task; returns its path."""
 
-    def one(name, task, **training):
+    def one(name, task, quantization=None, **training):
         settings = {
             "max_steps": 2,
             "per_device_train_batch_size": 8,
@@ -94,6 +117,7 @@ def write(recipe_file, families, tmp_path):
             data=data,
             method=fields_of(name),
             training=settings,
+            **({} if quantization is None else {"quantization": quantization}),
         )
 
     return one
@@ -107,24 +131,31 @@ def supports(name, task):
     return (method.tasks is None or task in method.tasks) and (name, task) not in impossible
 
 
+def test_the_page_has_every_method():
+    page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## (\w+)$", page, re.MULTILINE) == list(NAMES)
+
+
 @pytest.mark.parametrize("task", FAMILY)
 @pytest.mark.parametrize("name", NAMES)
-def test_task(name, task, write, train, cli):
+def test_task(name, task, write, train, cli, record):
     """A run trains, and its adapter, read again, measures what it measured in memory."""
     path = write(name, task)
     if not supports(name, task):
         code, _, stderr = cli("train", path)
         assert code == 2
         assert f"{name}" in stderr or "model.task" in stderr or "lm_head" in stderr
+        record(name, task, "no")
         return
     found = train(path)["result"]["eval"]
     code, stdout, stderr = cli("eval", "run", "--json")
     assert code == 0, stderr
     assert json.loads(stdout)["adapter"] == pytest.approx(found, rel=1e-4)
+    record(name, task)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_merge(name, write, train, cli):
+def test_merge(name, write, train, cli, record):
     """The merged folder is the same model, or the method says that there is none before it loads a weight."""
     train(write(name, "causal-lm", learning_rate=0.01))
     method = methods.load(name)
@@ -137,10 +168,11 @@ def test_merge(name, write, train, cli):
         assert code == 2
         assert f"{name} cannot be merged: " in stderr
         assert "loading" not in stderr
+    record(name, "merge", method.unmergeable(config) or "")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_export(name, write, train, cli):
+def test_export(name, write, train, cli, record):
     """What is exactly a LoRA comes out as one; the rest is refused with the reason."""
     train(write(name, "causal-lm", learning_rate=0.01))
     method = methods.load(name)
@@ -154,10 +186,11 @@ def test_export(name, write, train, cli):
     else:
         assert code == 2
         assert f"{name} is not exactly a LoRA: " in stderr
+    record(name, "export", method.not_low_rank(config) or "")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_resume(name, write, train, tensors_of):
+def test_resume(name, write, train, tensors_of, record):
     """A run that was stopped after its first step ends as one that was not."""
     path = write(name, "causal-lm", save_steps=1, max_steps=3)
     train(path)
@@ -170,6 +203,7 @@ def test_resume(name, write, train, tensors_of):
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():
         assert tensor.equal(found[key]), key
+    record(name, "resume")
 
 
 @pytest.fixture
@@ -178,6 +212,60 @@ def tensors_of():
     from safetensors.torch import load_file
 
     return lambda run: load_file(f"{run}/adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.filterwarnings("ignore:::peft", "ignore::UserWarning", "ignore::FutureWarning:transformers")
+def test_files_of_peft(name, make_model, tmp_path, record):
+    """PEFT loads what we write, and we load what PEFT writes, with the same logits."""
+    from peft import PeftConfig, PeftModel, PeftType, get_peft_model
+
+    model, ids = make_model(), token_ids()
+    config, _ = adapt(model, name, "all-linear")
+    if methods.load(name).peft_type_of(config) not in set(PeftType):
+        record(name, "PEFT", "PEFT has no such method")
+        return
+    randomise(model, 0.1)
+    (tmp_path / "ours").mkdir()
+    save_adapter(tmp_path / "ours", model, origin_of(name, config, base_model=""))
+    theirs = PeftModel.from_pretrained(make_model(), tmp_path / "ours").eval()
+    assert_close(peft_logits(theirs, ids), logits(model, ids), FLOAT32)
+    written = PeftConfig.from_pretrained(tmp_path / "ours")
+    written.inference_mode = False
+    theirs = get_peft_model(make_model(), written).eval()
+    randomise(theirs, 0.1)
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = make_model()
+    attach(again, read_adapter(tmp_path / "theirs"))
+    assert_close(logits(again, ids), peft_logits(theirs, ids), FLOAT32)
+    record(name, "PEFT")
+
+
+def peft_logits(model, ids):
+    """Returns the logits of the ordinary tokens: PEFT puts virtual ones in front by itself."""
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=False).logits[:, -ids.shape[1] :]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nf4(name, write, train, cli, record):
+    """On a base held in 4 bits a run trains and measures what its adapter, read again, measures; or says why not.
+
+    That an adapter on a packed layer computes what it should is shown by the contract of all methods.
+    """
+    path = write(name, "causal-lm", quantization={"type": "nf4"})
+    code, _, stderr = cli("train", path)
+    if name == "full":
+        assert code == 2
+        assert "quantization" in stderr
+        record(name, "NF4", "packed weights cannot train")
+        return
+    assert code == 0, stderr
+    found = json.loads(Path("run/manifest.json").read_text())["result"]["eval"]
+    code, stdout, stderr = cli("eval", "run", "--json")
+    assert code == 0, stderr
+    assert json.loads(stdout)["adapter"] == pytest.approx(found, rel=1e-4)
+    record(name, "NF4")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,159 @@
+"""A base held in 4 bits: what is packed, what it computes, and what it stands for."""
+
+import pytest
+import torch
+from torch import nn
+
+from peftcli import manifest, models, quantization, sites, targets
+from peftcli.errors import ModelError
+from peftcli.recipe import QuantizationSection
+from tests.families import save_family
+from tests.methods.building import adapt, assert_close, logits, loss_of, packed, token_ids, trainable
+from tests.tolerances import PACKED
+
+NF4 = QuantizationSection()
+SECTIONS = [NF4, QuantizationSection(type="fp4"), QuantizationSection(double_quant=False)]
+each_section = pytest.mark.parametrize("section", SECTIONS, ids=["nf4", "fp4", "single"])
+
+
+def quantise(model, section=NF4):
+    return quantization.quantize(model, section, targets.always_dense(model))
+
+
+def packed_layers(model):
+    return {name: module for name, module in model.named_modules() if quantization.is_quantised(module)}
+
+
+def dense_twin(model, make_model):
+    """Returns a dense model that holds what the packed layers of `model` stand for."""
+    twin = make_model()
+    with torch.no_grad():
+        for name, module in packed_layers(model).items():
+            twin.get_submodule(name).weight.copy_(quantization.unpacked(module))
+    return twin
+
+
+@each_section
+def test_a_packed_model_is_a_dense_one_of_the_dequantised_weights(section, make_model):
+    model = make_model()
+    ids = token_ids()
+    plain = logits(model, ids)
+    assert quantise(model, section) == 14
+    twin = dense_twin(model, make_model)
+    assert_close(logits(model, ids), logits(twin, ids), PACKED)
+    assert not torch.allclose(logits(model, ids), plain, atol=1e-3), "nothing was rounded"
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "vera"])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_adapted_it_has_the_same_gradients_too(name, training, make_model):
+    model = make_model()
+    quantise(model)
+    twin = dense_twin(model, make_model)
+    before = {path: module.weight.detach().clone() for path, module in packed_layers(model).items()}
+    ids, found = token_ids(), []
+    for one in (model, twin):
+        adapt(one, name, "all-linear")
+        torch.manual_seed(3)
+        with torch.no_grad():
+            for parameter in trainable(one).values():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        found.append((loss_of(one.train(training), ids), {key: p.grad for key, p in trainable(one).items()}))
+    assert_close(found[0][0], found[1][0], PACKED)
+    for key, gradient in found[1][1].items():
+        assert_close(found[0][1][key], gradient, 10 * PACKED)  # through two layers
+    assert all(torch.equal(module.weight, before[path]) for path, module in packed_layers(model).items())
+
+
+def test_it_packs_as_bitsandbytes_does(make_model):
+    model = make_model()
+    expected = packed(model.model.layers[0].mlp.up_proj)
+    quantise(model)
+    found = model.model.layers[0].mlp.up_proj
+    assert torch.equal(found.weight, expected.weight)
+    assert torch.equal(found.bias, expected.bias)
+    assert torch.equal(quantization.unpacked(found), quantization.unpacked(expected))
+    assert found.weight.numel() * 2 == found.in_features * found.out_features
+
+
+def test_heads_and_what_is_kept_stay_dense(make_model):
+    model = make_model()
+    keep = targets.always_dense(model, ["layers.0.mlp"])
+    assert quantization.quantize(model, NF4, keep) == 11
+    dense = {name for name, module in model.named_modules() if type(module) is nn.Linear}
+    assert dense == {"lm_head", *(f"model.layers.0.mlp.{part}_proj" for part in ("gate", "up", "down"))}
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "dense"),
+    [
+        ("t5", "seq2seq-lm", {"wo", "lm_head"}),  # T5 casts to the dtype of wo's weight
+        ("bert", "sequence-classification", {"classifier"}),
+        ("vit", "image-classification", {"classifier"}),
+    ],
+)
+def test_in_other_families(family, task, dense, tmp_path):
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(save_family(family, tmp_path))
+    model = models.skeleton(config, task)
+    chosen = quantization.packable(model, targets.always_dense(model))
+    linear = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    assert {name.rpartition(".")[2] for name in set(linear) - set(chosen)} == dense
+    assert chosen
+
+
+def test_a_model_without_linear_layers(make_model):
+    with pytest.raises(ModelError, match="no linear layers to hold in 4 bits"):
+        quantise(make_model("gpt2"))
+
+
+def test_the_dense_weights_are_let_go(make_model):
+    import gc
+    import weakref
+
+    model = make_model()
+    watched = [weakref.ref(module.weight) for module in model.modules() if type(module) is nn.Linear][:-1]
+    quantise(model)
+    gc.collect()
+    assert not any(one() is not None for one in watched)
+
+
+def test_a_packed_weight_counts_as_what_it_stands_for(make_model):
+    dense, model = make_model(), make_model()
+    quantise(model)
+    for one in (dense, model):
+        adapt(one, "lora", "all-linear")
+    assert manifest.parameter_counts(model) == manifest.parameter_counts(dense)
+
+
+@each_section
+def test_what_a_weight_becomes_is_what_the_layer_holds(section, make_model):
+    model = make_model()
+    weight = model.model.layers[1].self_attn.k_proj.weight.detach().clone()
+    quantise(model, section)
+    found = quantization.Packing(section, (), torch.float32).of(weight)
+    assert torch.equal(found, sites.dense_weight(model.model.layers[1].self_attn.k_proj, "linear"))
+
+
+@pytest.mark.parametrize(("wanted", "expected"), [("auto", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_the_computation_is_in_the_dtype_asked_for(wanted, expected, make_model):
+    """On a CPU bitsandbytes would compute in bfloat16 in evaluation mode; `auto` is float32 there."""
+    model = make_model().eval()
+    quantise(model, QuantizationSection(compute_dtype=wanted))
+    layer = model.model.layers[0].mlp.up_proj
+    assert layer.compute_dtype == expected
+    x = torch.randn(3, layer.in_features)
+    plain = nn.functional.linear(x, quantization.unpacked(layer), layer.bias)
+    with torch.no_grad():
+        exact = torch.allclose(layer(x), plain, rtol=0, atol=1e-6)
+    assert exact == (expected == torch.float32)
+
+
+def test_a_bias_that_trains_needs_float32(make_model):
+    model = make_model()
+    quantise(model, QuantizationSection(compute_dtype="bfloat16"))
+    quantization.require_exact_biases(model.requires_grad_(False))
+    adapt(model, "bitfit")
+    with pytest.raises(ModelError, match=r"quantization\.compute_dtype: .*bias trains, and bfloat16"):
+        quantization.require_exact_biases(model)
