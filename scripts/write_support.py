@@ -27,12 +27,13 @@ FEATURES = {
     "PEFT": "PEFT reads and writes it",
     "NF4": "on an NF4 base",
     "resume": "resumes bit for bit",
+    "distributed": "on several devices",
 }
 HEAD = """# What every method can do
 
 Written by `make support` from the tests that passed; do not edit. `yes` was run from a recipe to its last command on a
-tiny model of that task, `no` is refused before any work is done. `peftcli methods NAME` has a method's equation, fields
-and defaults.
+tiny model of that task, `no` is refused before any work is done, or was never shown. `peftcli methods NAME` has a
+method's equation, fields and defaults.
 
 Methods are shown with their default fields: `split_lora` merges and exports where it sums its heads, `hydralora` where
 it has one. Training on several devices is not in this version.
@@ -71,7 +72,7 @@ def page(found: dict[tuple[str, str], str]) -> str:
     reasons: list[str] = []
     rows = []
     for name in method_names():
-        cells = [_cell(found[name, column], reasons) for column in columns]
+        cells = [_cell(found.get((name, column), "no"), reasons) for column in columns]
         rows.append(f"| [`{name}`](#{name}) | {' | '.join(cells)} |")
     titles = [*TASKS, *FEATURES.values()]
     table = [f"| method | {' | '.join(titles)} |", "| --- " * (len(titles) + 1) + "|", *rows]
