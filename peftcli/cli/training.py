@@ -49,7 +49,8 @@ def train(
     folder, result = loaded.recipe.output_dir, facts["result"]
     evaluated = f", evaluation loss {result['eval']['eval_loss']:.4f}" if result["eval"] else ""
     console.stderr.print(f"done: {result['steps']} steps in {result['seconds']:.0f} s{evaluated}; adapter in {folder}")
-    console.stderr.print(f"next: peftcli eval {folder} · peftcli merge {folder} · peftcli generate {folder} PROMPT")
+    writes = f" · peftcli generate {folder} PROMPT" if loaded.recipe.model.task.endswith("-lm") else ""
+    console.stderr.print(f"next: peftcli eval {folder} · peftcli merge {folder}{writes}")
 
 
 def plan(recipe: RecipePath, overrides: Overrides = None, json: AsJson = False) -> None:

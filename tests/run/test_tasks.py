@@ -120,6 +120,13 @@ def test_images(recipe_file, families, tmp_path, train, cli):
     assert (code, "images/blue/0.png (12 × 12 RGB) → ⟦blue⟧" in stdout) == (0, True)
 
 
+def test_what_comes_next_is_only_what_the_task_can_do(task_recipe, cli):
+    for case, writes in (("bert-single", False), ("t5-answers", True)):
+        code, _, stderr = cli("train", task_recipe(case, training={"max_steps": 1}), "--overwrite")
+        assert code == 0
+        assert ("peftcli generate" in stderr) == writes
+
+
 def test_resuming_notices_changed_labels(task_recipe, train, tmp_path):
     path = task_recipe("bert-single", training={"max_steps": 4, "save_steps": 2})
     train(path)
