@@ -100,13 +100,18 @@ def graft(
 def _unfreeze(model: nn.Module, method: type[Method], config: MethodConfig, trained: Collection[str]) -> None:
     """Lets the base parameters train that the method, the task's head or `trained` names."""
     own = _part_parameters(model)
+    for name, parameter, owner in _owned_parameters(model):
+        if id(parameter) not in own and (
+            any(is_under(name, one) for one in trained) or method.trains(config, name, owner)
+        ):
+            parameter.requires_grad_(True)
+
+
+def _owned_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
+    """Yields every parameter with its full name and the module that holds it; a shared one once for each holder."""
     for path, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
-            name = f"{path}.{leaf}" if path else leaf
-            if id(parameter) not in own and (
-                any(is_under(name, one) for one in trained) or method.trains(config, name, module)
-            ):
-                parameter.requires_grad_(True)
+            yield f"{path}.{leaf}" if path else leaf, parameter, module
 
 
 def _refuse_ungraftable(name: str, module: nn.Module) -> None:
@@ -191,11 +196,7 @@ def trained_base(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def trains_base(model: nn.Module, method: type[Method], config: MethodConfig) -> bool:
     """Returns whether parameters of the base itself train, which then must not be held in half precision."""
-    return any(
-        method.trains(config, f"{path}.{leaf}" if path else leaf, module)
-        for path, module in model.named_modules()
-        for leaf, _ in module.named_parameters(recurse=False)
-    )
+    return any(method.trains(config, name, owner) for name, _, owner in _owned_parameters(model))
 
 
 def widen_trained(model: nn.Module) -> None:

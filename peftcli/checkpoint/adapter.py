@@ -373,9 +373,10 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], where: str) ->
     shared = inject.shared_part(model)
     if shared is not None:
         shared.load_peft_tensors({name: tensors[SHARED_PREFIX + name] for name in shared.peft_tensors()})
+    prefix = base_prefix(model)
     with torch.no_grad():
         for name, parameter in inject.trained_base(model).items():
-            parameter.copy_(tensors[base_prefix(model) + name])
+            parameter.copy_(tensors[prefix + name])
 
 
 def _require_same_shapes(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str) -> None:

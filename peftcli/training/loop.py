@@ -97,6 +97,7 @@ class Trainer:
         self.task = task
         self.accelerator = accelerator
         self.parameters = optimizers.trainable_parameters(task.model)
+        self.adapters = inject.adapters(task.model)  # once: finding them walks the whole model
         checks.something_trains(self.parameters)
         self.optimizer = optimizers.make_optimizer(
             task.model,
@@ -177,13 +178,13 @@ class Trainer:
         self._backward_penalty()
         if step == 0:
             checks.gradients_arrived(self.parameters)
-        task.origin.method.before_step(task.origin.config, inject.adapters(task.model))
+        task.origin.method.before_step(task.origin.config, self.adapters)
         norm = self.accelerator.clip_grad_norm_(self.parameters.values(), settings.max_grad_norm or math.inf)
         total_loss = float(self._sum_over_ranks(summed)) / tokens
         self._refuse_unless_finite(total_loss, norm, micro_batches)
         self.prepared.step()
         if not self.prepared.step_was_skipped:
-            task.origin.method.after_step(task.origin.config, inject.adapters(task.model), step + 1, self.total)
+            task.origin.method.after_step(task.origin.config, self.adapters, step + 1, self.total)
         self.prepared.zero_grad()
         self.progress.step += 1
         self.progress.tokens += int(tokens)
@@ -208,7 +209,7 @@ class Trainer:
     def _backward_penalty(self) -> None:
         """Adds the gradient of the method's own penalty, once for the whole step and alike on every rank."""
         method, config = self.task.origin.method, self.task.origin.config
-        penalty = method.penalty(config, inject.adapters(self.task.model).values())
+        penalty = method.penalty(config, self.adapters.values())
         if penalty is not None:
             self.accelerator.backward(penalty)
 
