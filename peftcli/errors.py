@@ -85,6 +85,10 @@ class HostError(PeftcliError):
     exit_code = 6
 
 
+class PeerLostError(HostError):
+    """Another process of the run ended or fell silent; why is for that process, or its launcher, to say."""
+
+
 class Interrupted(PeftcliError):  # noqa: N818 - not a failure: the run can be resumed
     """The run was asked to stop; a resumable checkpoint is saved."""
 

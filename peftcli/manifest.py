@@ -130,7 +130,6 @@ def describe(
         "task": recipe.model.task,
         "base_model": {"name": recipe.model.name, "revision": revision, "type": config.model_type},
         "quantization": recipe.quantization.model_dump() if recipe.quantization is not None else None,
-        "parameters": parameter_counts(model),
         "adapted_modules": len(inject.adapters(model)),
         "data": {
             "format": prepared.format,

@@ -17,11 +17,12 @@ LAYERS = (
     {"cli", "__main__"},
     {"run"},
     {"models", "data", "training", "checkpoint", "merge", "evaluation", "manifest"},
+    {"sharding"},
     {"inject"},
     {"targets"},
     {"sites"},
     {"methods", "ops", "quantization", "architectures"},
-    {"recipe", "reporting", "hub"},
+    {"recipe", "reporting", "hub", "processes"},
     {"files"},
     {"errors", "__init__"},
 )
@@ -50,7 +51,7 @@ ONLY_IN = {
     "datasets": {"data"},
     "yaml": {"recipe"},
 }
-WITHOUT_TORCH = ("cli", "recipe", "errors", "reporting", "files", "__main__")
+WITHOUT_TORCH = ("cli", "recipe", "errors", "reporting", "files", "processes", "__main__")
 
 
 def part_of(path):

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from peftcli import files, inject, methods
+from peftcli import files, inject, methods, sharding
 from peftcli.errors import ModelError, PeftcliError
 from peftcli.methods._protocol import Method, MethodConfig, Site, Targets
 from peftcli.targets import is_under, task_heads
@@ -95,7 +95,8 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     }
     found |= {SHARED_PREFIX + name: tensor.detach() for name, tensor in _shared_tensors(model).items()}
     prefix = base_prefix(model)
-    return found | {prefix + name: tensor.detach() for name, tensor in inject.trained_base(model).items()}
+    trained = inject.trained_base(model).items()
+    return found | {prefix + name: sharding.whole(tensor.detach()) for name, tensor in trained}
 
 
 def base_prefix(model: nn.Module) -> str:
@@ -112,18 +113,36 @@ def _shared_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {} if shared is None else shared.peft_tensors()
 
 
-def save_adapter(folder: Path, model: nn.Module, origin: Origin, *, resumable: bool = False) -> None:
-    """Writes the model's adapters into the existing `folder`, reads them again and compares.
+@dataclass(frozen=True)
+class Contents:
+    """What an adapter's folder is to hold.
 
-    Args:
-        folder: Where to.
-        model: The model with its adapters.
-        origin: What the files say beside the tensors.
-        resumable: Write tensors that training can go on from, where the method would save less of a finished adapter.
+    Attributes:
+        fields: Those of its `adapter_config.json`.
+        tensors: Those of its `adapter_model.safetensors`.
+    """
+
+    fields: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def save_adapter(folder: Path, model: nn.Module, origin: Origin, *, resumable: bool = False) -> None:
+    """Writes the model's adapters into the existing `folder`, reads them again and compares; see `contents`.
 
     Raises:
         HostError: The folder cannot be written.
         ModelError: What was read is not what was meant to be written.
+    """
+    write_contents(folder, contents(model, origin, resumable=resumable))
+
+
+def contents(model: nn.Module, origin: Origin, *, resumable: bool = False) -> Contents:
+    """Returns what the folder of the model's adapters holds. With several processes, each must ask for it.
+
+    Args:
+        model: The model with its adapters.
+        origin: What the files say beside the tensors.
+        resumable: Hold tensors that training can go on from, where the method would save less of a finished adapter.
     """
     tensors = adapter_tensors(model)
     if not resumable:
@@ -139,9 +158,19 @@ def save_adapter(folder: Path, model: nn.Module, origin: Origin, *, resumable: b
         **origin.method.peft_config(origin.config),
         **origin.method.peft_fields(inject.adapters(model)),
     }
-    files.write_safetensors(folder / WEIGHTS_FILE, tensors, {"format": "pt"})
-    files.write_json(folder / CONFIG_FILE, fields)
-    _verify_saved(folder / WEIGHTS_FILE, tensors)
+    return Contents(fields, tensors)
+
+
+def write_contents(folder: Path, adapter: Contents) -> None:
+    """Writes an adapter's files into the existing `folder`, reads the tensors again and compares.
+
+    Raises:
+        HostError: The folder cannot be written.
+        ModelError: What was read is not what was meant to be written.
+    """
+    files.write_safetensors(folder / WEIGHTS_FILE, adapter.tensors, {"format": "pt"})
+    files.write_json(folder / CONFIG_FILE, adapter.fields)
+    _verify_saved(folder / WEIGHTS_FILE, adapter.tensors)
 
 
 def has_targets(method: type[Method]) -> bool:
@@ -376,7 +405,7 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], where: str) ->
     prefix = base_prefix(model)
     with torch.no_grad():
         for name, parameter in inject.trained_base(model).items():
-            parameter.copy_(tensors[prefix + name])
+            parameter.copy_(sharding.like(tensors[prefix + name], parameter))
 
 
 def _require_same_shapes(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str) -> None:

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from peftcli import files, inject
+from peftcli import files, inject, sharding
 from peftcli.checkpoint import adapter as adapter_files
 from peftcli.errors import ModelError
 
@@ -46,6 +46,7 @@ class Progress:
         evaluations_since_best: Evaluations since then without a lower loss.
         loss_scale: The gradient scaler's state, where fp16 has one.
         data: The fingerprint of the training samples.
+        samples_per_step: Training samples of one optimizer step, over all processes.
     """
 
     step: int = 0
@@ -55,6 +56,7 @@ class Progress:
     evaluations_since_best: int = 0
     loss_scale: dict[str, Any] | None = None
     data: str = ""
+    samples_per_step: int = 0
 
 
 def folder_of(run: Path, step: int) -> Path:
@@ -68,12 +70,21 @@ def save_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     origin: adapter_files.Origin,
+    *,
+    writes: bool = True,
 ) -> Path:
-    """Writes the checkpoint of the present step and returns its folder."""
+    """Writes the checkpoint of the present step and returns its folder.
+
+    With several processes each must call it, since what is spread over them is put together, and one of them `writes`.
+    """
     target = folder_of(run, progress.step)
+    adapter = adapter_files.contents(model, origin, resumable=True)
+    optimizer_state = optimizer_tensors(model, optimizer)
+    if not writes:
+        return target
     with files.new_folder(target) as folder:
-        adapter_files.save_adapter(folder, model, origin, resumable=True)
-        files.write_safetensors(folder / OPTIMIZER_FILE, optimizer_tensors(model, optimizer))
+        adapter_files.write_contents(folder, adapter)
+        files.write_safetensors(folder / OPTIMIZER_FILE, optimizer_state)
         digests = {file.name: files.sha256(file) for file in sorted(folder.iterdir())}
         state = {"format": FORMAT, "progress": asdict(progress), "sha256": digests}
         files.write_json(folder / STATE_FILE, {**state, OWN_DIGEST: _digest(state)})
@@ -153,7 +164,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     """Returns the optimizer's state as `<parameter>|<entry>` → tensor, and the method's as `<name>|state`."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     found = {
-        f"{names[parameter]}|{entry}": torch.as_tensor(value)
+        f"{names[parameter]}|{entry}": sharding.whole(torch.as_tensor(value))
         for parameter, state in optimizer.state.items()
         for entry, value in state.items()
         if value is not None
@@ -195,4 +206,4 @@ def load_optimizer_tensors(
         if name not in parameters:
             raise ModelError(f"{where}: {name} is not a parameter that trains", hint="resume with the run's own recipe")
         # AdamW keeps its step counter on the CPU or beside the parameter, as its fused kernel wants it.
-        optimizer.state[parameters[name]][entry] = tensor.to(parameters[name].device)
+        optimizer.state[parameters[name]][entry] = sharding.like(tensor, parameters[name]).to(parameters[name].device)

@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.markup import escape
 
-from peftcli import __version__
+from peftcli import __version__, processes
 from peftcli.cli import applying, console, reference, training
 from peftcli.errors import EXIT_BUG, EXIT_INTERRUPTED_TWICE, PeftcliError
 
@@ -64,7 +64,8 @@ def main() -> NoReturn:
     except PeftcliError as error:
         if "--debug" in sys.argv:
             traceback.print_exc()
-        console.print_error(error)
+        if processes.speaks(error, error.exit_code):
+            console.print_error(error)
         sys.exit(error.exit_code)
     except SystemExit as ended:
         if ended.code == EXIT_INTERRUPTED_TWICE:  # Typer's end for Ctrl-C: here outside training, with nothing to save
@@ -73,8 +74,9 @@ def main() -> NoReturn:
     except Exception:
         if "--debug" in sys.argv:
             traceback.print_exc()
-        console.stderr.print(f"[bold red]error:[/] this is a bug in peftcli: {escape(_save_traceback())}")
-        console.stderr.print("\n[bold cyan]hint:[/] report it with that file, which holds the traceback")
+        if processes.speaks(None, EXIT_BUG):
+            console.stderr.print(f"[bold red]error:[/] this is a bug in peftcli: {escape(_save_traceback())}")
+            console.stderr.print("\n[bold cyan]hint:[/] report it with that file, which holds the traceback")
         sys.exit(EXIT_BUG)
     sys.exit(0)
 

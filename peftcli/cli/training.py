@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,14 +27,33 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that output_dir holds.")] = False,
     device: Device = None,
+    num_processes: Annotated[
+        int | None, typer.Option(min=1, help="Processes on each machine. Left out: the recipe's, or one a GPU.")
+    ] = None,
+    nnodes: Annotated[int, typer.Option(min=1, help="Machines, on each of which the same command is started.")] = 1,
+    rdzv_endpoint: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Where the machines meet: the first one.")
+    ] = None,
+    rdzv_id: Annotated[str | None, typer.Option(help="Tells this run from others that meet there.")] = None,
+    print_launch: Annotated[
+        bool, typer.Option("--print-launch", help="Print the torchrun line for each machine, and do nothing.")
+    ] = False,
     json: AsJson = False,
 ) -> None:
-    """Train an adapter as a recipe says."""
+    """Train an adapter as a recipe says, on every GPU of this machine or on several machines."""
     if resume and overwrite:
         raise RecipeError("--resume and --overwrite exclude each other", hint="keep the one that is meant")
     from peftcli.recipe import load
+    from peftcli.run import launching
 
-    loaded = load(recipe, overrides or [])
+    counted = [] if num_processes is None else [f"distributed.num_processes={num_processes}"]
+    loaded = load(recipe, [*(overrides or []), *counted])
+    launch = launching.plan(loaded.recipe.distributed, device, nnodes, rdzv_endpoint, rdzv_id)
+    if print_launch:
+        typer.echo(launching.line(launch, _worker_arguments()))
+        return
+    if launch.is_needed:
+        raise typer.Exit(launching.start(launch, sys.argv[1:]))
     from peftcli.run.training import TrainOptions
     from peftcli.run.training import train as run_train
 
@@ -43,6 +63,8 @@ def train(
         make_reporter(),
         lambda segments: console.print_sample(segments, "the first training sample"),
     )
+    if not facts:  # another process speaks for the run
+        return
     if json:
         console.print_json(facts)
         return
@@ -51,6 +73,19 @@ def train(
     console.stderr.print(f"done: {result['steps']} steps in {result['seconds']:.0f} s{evaluated}; adapter in {folder}")
     writes = f" · peftcli generate {folder} PROMPT" if loaded.recipe.model.task.endswith("-lm") else ""
     console.stderr.print(f"next: peftcli eval {folder} · peftcli merge {folder}{writes}")
+
+
+LAUNCH_OPTIONS = ("--nnodes", "--rdzv-endpoint", "--rdzv-id")
+
+
+def _worker_arguments() -> list[str]:
+    """Returns the command line less what is for the launcher alone."""
+    kept, skip = [], False
+    for word in sys.argv[1:]:
+        if not skip and word.partition("=")[0] not in (*LAUNCH_OPTIONS, "--print-launch"):
+            kept.append(word)
+        skip = not skip and word in LAUNCH_OPTIONS
+    return kept
 
 
 def plan(recipe: RecipePath, overrides: Overrides = None, json: AsJson = False) -> None:

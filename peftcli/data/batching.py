@@ -10,6 +10,7 @@ import numpy as np
 
 from peftcli.data.collation import Batch, Layout, choose_layout, collate, join
 from peftcli.data.dataset import EncodedDataset
+from peftcli.data.sampling import shares
 from peftcli.errors import RecipeError
 
 
@@ -27,8 +28,8 @@ class Batches(Protocol):
     def batch(self, indices: Sequence[int]) -> Any:
         """Returns the samples at `indices` as one batch."""
 
-    def in_order_of_length(self, batch_size: int) -> Iterator[Any]:
-        """Yields every sample once."""
+    def in_order_of_length(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
+        """Yields every sample once, or one rank's share of them in as many batches as any other rank's."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,8 @@ class Batcher:
             return "padded"
         return "flat" if self.always else choose_layout(lengths, self.hidden_size)
 
-    def in_order_of_length(self, batch_size: int) -> Iterator[Batch]:
-        """Yields every sample once, longest first, so that padding is least and memory fails at once or never."""
+    def in_order_of_length(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+        """Yields a rank's samples, longest first, so that padding is least and memory fails at once or never."""
         order = np.argsort(-self.dataset.lengths, kind="stable").tolist()
-        for start in range(0, len(order), batch_size):
-            yield self.batch(order[start : start + batch_size])
+        for share in shares(len(order), batch_size, rank, world_size):
+            yield self.batch([order[position] for position in share])

@@ -22,6 +22,7 @@ from peftcli.data.formats import BadRow, renamed
 from peftcli.data.meaning import Meaning
 from peftcli.data.readers import MAX_PROBLEMS, type_name
 from peftcli.data.rows import Row, Rows
+from peftcli.data.sampling import shares
 from peftcli.errors import DataError, ModelError, Problem
 
 if TYPE_CHECKING:
@@ -273,7 +274,7 @@ class ImageBatcher:
             len(chosen),
         )
 
-    def in_order_of_length(self, batch_size: int) -> Iterator[ImageBatch]:
-        """Yields every image once, in the data's order."""
-        for start in range(0, len(self.dataset), batch_size):
-            yield self.batch(range(start, min(start + batch_size, len(self.dataset))))
+    def in_order_of_length(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[ImageBatch]:
+        """Yields a rank's images, in the data's order."""
+        for share in shares(len(self.dataset), batch_size, rank, world_size):
+            yield self.batch(share)

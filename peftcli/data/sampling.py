@@ -5,6 +5,7 @@ Resuming needs no state but the number of the next step.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -68,6 +69,16 @@ def micro_batches(
     assert rounds <= accumulation, "more samples than a step holds"
     shares = np.array_split(samples, rounds * world_size)
     return [share.tolist() for share in shares[rank::world_size]]
+
+
+def shares(n: int, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[range]:
+    """Yields the positions of one rank's batches of `n` samples, each of which one rank gets once.
+
+    All ranks get the same number of batches, since each may be a collective step; the last may be empty.
+    """
+    rounds = -(-n // (batch_size * world_size))
+    for start in range(rank * batch_size, rounds * batch_size * world_size, batch_size * world_size):
+        yield range(min(start, n), min(start + batch_size, n))
 
 
 @dataclass(frozen=True)

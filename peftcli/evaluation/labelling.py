@@ -20,6 +20,7 @@ from peftcli.data.batching import Batches
 from peftcli.data.dataset import IGNORED
 from peftcli.evaluation.ensemble import majority_vote
 from peftcli.evaluation.language import finite_mean
+from peftcli.training.distributed import Processes, alone
 from peftcli.training.objectives import OF_KIND, label_logits
 
 Floats = npt.NDArray[np.float64]
@@ -31,6 +32,9 @@ class Tally(Protocol):
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
         """Adds a batch: logits in float32, labels as in the batch."""
+
+    def gather(self, rows: Callable[[Tensor], Tensor]) -> None:
+        """Adds what the other processes have: `rows` returns those of a tensor from every process."""
 
     def metrics(self) -> dict[str, float]:
         """Returns the figures of all that was added."""
@@ -45,6 +49,7 @@ def evaluate(
     advance: Callable[[int, int], None] = lambda done, total: None,
     *,
     kind: str,
+    processes: Processes | None = None,
 ) -> dict[str, float]:
     """Returns `eval_loss`, `eval_samples` or `eval_tokens`, and the figures of the kind of label.
 
@@ -59,23 +64,30 @@ def evaluate(
         device: Where the model is.
         advance: Called with the samples done and in all.
         kind: What the labels are, as in `data.labels.Labels.kind`.
+        processes: Those that share the dataset among them and must all come here; None for this one alone.
 
     Raises:
         NumericalError: The loss is not finite.
     """
     model.eval()
+    others = processes or alone(device)
     summed, count, done, total = 0.0, 0, 0, len(batcher.dataset)
     of_words = batcher.dataset.goal == "token"
     kinds: dict[str, type[Tally]] = {"single-label": Confusion, "multi-label": Hits, "regression": Numbers}
     tally = kinds[kind]()
-    for on_host in batcher.in_order_of_length(batch_size):
+    for on_host in batcher.in_order_of_length(batch_size, others.place.rank, others.count):
         batch = on_host.to(device)
         logits = label_logits(model, batch)
         summed += float(OF_KIND[kind](logits, batch.labels))
         count += batch.num_supervised
-        tally.add(*_together(logits, batch.labels, batcher.num_prompts, kind))
-        done = min(done + batch_size, total)
+        answers, labels = _together(logits, batch.labels, batcher.num_prompts, kind)
+        if not batch.num_supervised:  # a stand-in, in a share that had no more samples
+            answers, labels = answers[:0], (labels if kind == "single-label" else answers)[:0]
+        tally.add(answers, labels)
+        done = min(done + batch_size * others.count, total)
         advance(done, total)
+    tally.gather(others.rows)
+    summed, count = others.sums(summed)[0], int(others.sums(count)[0])
     figures = tally.metrics()
     if of_words:
         figures["token_accuracy"] = figures.pop("accuracy")
@@ -112,6 +124,9 @@ class Confusion:
         found = cells.reshape(size, size).cpu().numpy()
         self.counts = found if not self.counts.size else self.counts + found
 
+    def gather(self, rows: Callable[[Tensor], Tensor]) -> None:  # noqa: D102
+        self.counts = rows(torch.from_numpy(self.counts)[None]).sum(dim=0).numpy()
+
     def metrics(self) -> dict[str, float]:  # noqa: D102
         hits, wrong = np.diag(self.counts), self.counts.sum(axis=0) + self.counts.sum(axis=1)
         return {"accuracy": float(hits.sum() / self.counts.sum()), "macro_f1": macro_f1(hits, wrong)}
@@ -131,6 +146,10 @@ class Hits:
         self.hits = self.hits + hits if self.hits.size else hits
         self.given_and_true = self.given_and_true + both if self.given_and_true.size else both
 
+    def gather(self, rows: Callable[[Tensor], Tensor]) -> None:  # noqa: D102
+        self.hits = rows(torch.from_numpy(self.hits)[None]).sum(dim=0).numpy()
+        self.given_and_true = rows(torch.from_numpy(self.given_and_true)[None]).sum(dim=0).numpy()
+
     def metrics(self) -> dict[str, float]:  # noqa: D102
         micro = 2 * self.hits.sum() / max(self.given_and_true.sum(), 1)
         return {"micro_f1": float(micro), "macro_f1": macro_f1(self.hits, self.given_and_true)}
@@ -146,6 +165,10 @@ class Numbers:
     def add(self, logits: Tensor, labels: Tensor) -> None:  # noqa: D102
         self.given.append(logits.double().cpu().numpy())
         self.true.append(labels.double().cpu().numpy())
+
+    def gather(self, rows: Callable[[Tensor], Tensor]) -> None:  # noqa: D102
+        self.given = [rows(torch.from_numpy(np.concatenate(self.given))).numpy()]
+        self.true = [rows(torch.from_numpy(np.concatenate(self.true))).numpy()]
 
     def metrics(self) -> dict[str, float]:
         """Returns the mean over the K numbers of each figure; no correlation where all are equal: it has none."""

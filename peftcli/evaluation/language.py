@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from peftcli.data.batching import Batcher
 from peftcli.errors import NumericalError
 from peftcli.training import loss
+from peftcli.training.distributed import Processes, alone
 
 LARGEST_EXPONENT = 700.0
 """Beyond this, exp overflows a float: a perplexity that large says only that the model is broken."""
@@ -25,6 +26,7 @@ def evaluate(
     advance: Callable[[int, int], None] = lambda done, total: None,
     *,
     score: Callable[..., loss.Scores] = loss.score,
+    processes: Processes | None = None,
 ) -> dict[str, float]:
     """Returns `eval_loss` (nats a token), `eval_perplexity`, `eval_token_accuracy` (0 … 1) and `eval_tokens`.
 
@@ -37,27 +39,30 @@ def evaluate(
         device: Where the model is.
         advance: Called with the samples done and in all.
         score: `loss.score`, or `loss.score_answers` for a model that answers one text with another.
+        processes: Those that share the dataset among them and must all come here; None for this one alone.
 
     Raises:
         NumericalError: The loss is not finite.
     """
     model.eval()
+    others = processes or alone(device)
     summed, correct, tokens, done = torch.zeros((), device=device), torch.zeros((), device=device), 0, 0
-    for batch in batcher.in_order_of_length(batch_size):
+    for batch in batcher.in_order_of_length(batch_size, others.place.rank, others.count):
         scores = score(model, batch.to(device), count_correct=True)
         hits: Tensor | None = scores.correct
         assert hits is not None
         summed += scores.loss
         correct += hits
         tokens += batch.num_supervised
-        done = min(done + batch_size, len(batcher.dataset))
+        done = min(done + batch_size * others.count, len(batcher.dataset))
         advance(done, len(batcher.dataset))
-    mean = finite_mean(float(summed), tokens)
+    total_loss, total_correct, total_tokens = others.sums(summed, correct, tokens)
+    mean = finite_mean(total_loss, int(total_tokens))
     return {
         "eval_loss": mean,
         "eval_perplexity": math.exp(min(mean, LARGEST_EXPONENT)),
-        "eval_token_accuracy": float(correct) / tokens,
-        "eval_tokens": tokens,
+        "eval_token_accuracy": total_correct / total_tokens,
+        "eval_tokens": int(total_tokens),
     }
 
 

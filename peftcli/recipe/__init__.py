@@ -5,6 +5,7 @@ from peftcli.recipe.messages import problems_from_pydantic
 from peftcli.recipe.paths import resolve_paths
 from peftcli.recipe.schema import (
     DataSection,
+    DistributedSection,
     EvaluationSection,
     GenerateSection,
     LoggingSection,
@@ -19,6 +20,7 @@ from peftcli.recipe.writing import dump
 
 __all__ = [
     "DataSection",
+    "DistributedSection",
     "EvaluationSection",
     "GenerateSection",
     "LoadedRecipe",

@@ -96,6 +96,10 @@ OTHER_NAMES: dict[str, str] = {
     "training.load_best_at_end": "load_best_model_at_end save_best load_best_model best_model",
     "training.early_stopping_patience": "early_stopping patience early_stop",
     "training.seed": "random_seed data_seed manual_seed random_state rng_seed",
+    "distributed.strategy": "fsdp fsdp_config ddp fsdp_version distributed_type parallelism",
+    "distributed.num_processes": "num_gpus n_gpu devices nproc_per_node num_proc_per_node gpus",
+    "distributed.timeout": "ddp_timeout dist_timeout",
+    "distributed.deepspeed_config": "deepspeed ds_config deepspeed_config_file hf_ds_config",
     "evaluation.generate": "generation generation_config gen_kwargs sampling",
     "evaluation.generate.max_new_tokens": "max_tokens max_generation_length num_new_tokens",
     "evaluation.generate.do_sample": "sample sampling_enabled",
@@ -126,7 +130,8 @@ REMARKS: dict[str, str] = {
 }
 
 _EIGHT_BITS = "a base in 8 bits is not in this version; quantization.type is nf4 or fp4, of 4 bits"
-_DISTRIBUTED = "training on several devices is not in this version yet"
+_PARALLEL = "a model is spread over processes by distributed.strategy: fsdp2, in no other way"
+_MACHINES = "the number of machines is not the recipe's: peftcli train --nnodes N, or torchrun"
 _PACKING = "packing is not in this version; data.padding_free already avoids the padding that packing is for"
 _CODE = "never accepted from a recipe: peftcli runs no code from a model repository"
 _TRACKER = "logging.report_to takes tensorboard; other trackers are not in this version, metrics.jsonl has every number"
@@ -136,9 +141,10 @@ _OUTPUT = "the run's files all go to output_dir, which is never overwritten"
 UNAVAILABLE: dict[str, str] = {
     _EIGHT_BITS: "load_in_8bit load_8bit int8 llm_int8_threshold",
     "4-bit weights are stored as bytes": "bnb_4bit_quant_storage",
-    _DISTRIBUTED: "distributed deepspeed fsdp fsdp_config ddp num_processes num_gpus n_gpu devices"
-    " tensor_parallel_size ddp_backend ddp_find_unused_parameters context_parallel_size accelerate"
-    " accelerator_config num_nodes",
+    _PARALLEL: "tensor_parallel_size context_parallel_size pipeline_parallel_size",
+    _MACHINES: "num_nodes nnodes num_machines",
+    "there is nothing to set: gradients are added up once a step": "ddp_backend ddp_find_unused_parameters"
+    " ddp_bucket_cap_mb ddp_broadcast_buffers find_unused_parameters accelerator_config",
     _PACKING: "packing sample_packing packed eval_packing pad_to_sequence_len eval_sample_packing",
     _CODE: "trust_remote_code trust_remote remote_code",
     "compiling the model is not in this version": "compile torch_compile torch_compile_mode",

@@ -206,6 +206,27 @@ class TrainingSection(Section):
     )
 
 
+class DistributedSection(Section):
+    """How a run is spread over devices. Every choice trains the same adapter."""
+
+    strategy: Literal["auto", "ddp", "fsdp2", "deepspeed"] = Field(
+        default="auto",
+        description="ddp: each process holds the whole base. fsdp2: each holds a share of it, layer by layer. "
+        "deepspeed: as deepspeed_config says. auto: ddp where there are several processes.",
+    )
+    num_processes: Literal["auto"] | Annotated[int, Field(gt=0)] = Field(
+        default="auto", description="Processes on each machine, one a device. auto: one for each GPU, one on a CPU."
+    )
+    timeout: int = Field(
+        default=600, gt=0, description="Seconds that a process may keep the others waiting before the run is ended."
+    )
+    deepspeed_config: str | None = Field(
+        default=None,
+        min_length=1,
+        description="DeepSpeed's own JSON file, passed on unchanged; for strategy deepspeed.",
+    )
+
+
 class GenerateSection(Section):
     """How text is generated in an evaluation."""
 
@@ -256,6 +277,9 @@ class Recipe(Section):
     data: DataSection = Field(description="What to learn from.")
     method: Mapping[str, Any] = Field(description="How to adapt the model: `type`, and that method's own fields.")
     training: TrainingSection = Field(default_factory=TrainingSection, description="How to train.")
+    distributed: DistributedSection = Field(
+        default_factory=DistributedSection, description="How the run is spread over devices."
+    )
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="How to evaluate.")
     logging: LoggingSection = Field(default_factory=LoggingSection, description="Where metrics go.")
     output_dir: str | None = Field(

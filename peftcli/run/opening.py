@@ -232,14 +232,19 @@ def check_checkpointing(loaded: LoadedRecipe, method: type[Method], config: Meth
 
 
 def settle(
-    loaded: LoadedRecipe, method: type[Method], config: MethodConfig, base: Base, prepared: PreparedData
+    loaded: LoadedRecipe,
+    method: type[Method],
+    config: MethodConfig,
+    base: Base,
+    prepared: PreparedData,
+    num_processes: int = 1,
 ) -> MethodConfig:
     """Returns `config` with what the method wanted to find in tokenizer and data.
 
     Raises:
         RecipeError: The method cannot do with these data, or as many steps; each problem carries the recipe's line.
     """
-    _check_steps(loaded, method, config, len(prepared.train))
+    _check_steps(loaded, method, config, len(prepared.train), num_processes)
     if base.reads_images:
         return config
     from peftcli.data.facts import DataFacts
@@ -256,14 +261,16 @@ def settle(
     return settled
 
 
-def _check_steps(loaded: LoadedRecipe, method: type[Method], config: MethodConfig, num_samples: int) -> None:
+def _check_steps(
+    loaded: LoadedRecipe, method: type[Method], config: MethodConfig, num_samples: int, num_processes: int
+) -> None:
     """Raises a RecipeError where the method cannot do with as many steps as the recipe's training takes."""
     from peftcli.data.sampling import StepPlan
     from peftcli.training.schedule import total_steps
 
     training = loaded.recipe.training
     size, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
-    plan = StepPlan(num_samples, size, accumulation, training.seed)
+    plan = StepPlan(num_samples, size, accumulation, training.seed, world_size=num_processes)
     problems = [
         Problem(f"method.{message}")
         for message in method.check_steps(config, total_steps(training, plan.steps_per_epoch))

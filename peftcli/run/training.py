@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from peftcli import files, inject, manifest, models, quantization, recipe
+from peftcli import files, inject, manifest, models, quantization, recipe, sharding
 from peftcli.checkpoint import adapter as adapter_files
 from peftcli.checkpoint import state
 from peftcli.data.meaning import write_meaning
 from peftcli.data.preview import Segment, render
 from peftcli.errors import HostError, ModelError, RecipeError
-from peftcli.recipe import LoadedRecipe, Recipe
-from peftcli.reporting import Reporter
+from peftcli.recipe import LoadedRecipe, Recipe, TrainingSection
+from peftcli.reporting import Reporter, Silent
 from peftcli.run import RECIPE_FILE
 from peftcli.run.opening import (
     Base,
@@ -32,6 +32,7 @@ from peftcli.run.opening import (
     read_data,
     settle,
 )
+from peftcli.training import checks, distributed
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 
     from peftcli.data import PreparedData
     from peftcli.methods._protocol import Method, MethodConfig
+    from peftcli.training.distributed import Processes
+    from peftcli.training.logs import MetricsLog, TensorBoardLog
     from peftcli.training.loop import Result, Task
 
 
@@ -64,6 +67,8 @@ class Job:
         config: Its Config.
         data: The encoded samples.
         joins: Whether batches may be padding-free.
+        counts: How many parameters are which, counted before the base was spread.
+        group: The run's processes.
     """
 
     recipe: Recipe
@@ -74,6 +79,8 @@ class Job:
     config: MethodConfig
     data: PreparedData
     joins: bool
+    counts: dict[str, int | float]
+    group: Processes
 
     @property
     def origin(self) -> adapter_files.Origin:
@@ -87,6 +94,8 @@ def train(
 ) -> dict[str, Any]:
     """Trains as the recipe says, writes the run's folder, and returns its manifest.
 
+    Of several processes the first alone speaks, writes, and has a manifest to return.
+
     Args:
         loaded: The recipe.
         options: How to start.
@@ -94,34 +103,71 @@ def train(
         show: Called with one decoded sample, for the user to see what will be learned.
     """
     method, config = check_method(loaded)
-    settings = loaded.recipe.training
+    section = loaded.recipe.distributed
     device = models.pick_device(options.device)
-    precision = mixed_precision(settings.mixed_precision, device)
-    folder = Path(loaded.recipe.output_dir or "runs")
-    with open_folder(folder, options):
-        resumed = _resume_from(loaded.recipe, folder, reporter) if options.resume else None
-        reporter.stage("reading the data and the model's configuration")
-        raw = read_data(loaded.recipe)
-        base = open_base(loaded.recipe.model, meaning=raw.meaning, packed=loaded.recipe.quantization)
-        fit = find_sites(loaded, base, method, config)
-        check_checkpointing(loaded, method, config)
-        prepared = encode_data(loaded.recipe, raw, base)
-        _note_data(prepared, base, reporter)
-        config = settle(loaded, method, config, base, prepared)
-        show(render(prepared.train, 0, base.processor, prepared.meaning.labels))
-        reporter.stage("loading the base model")
-        model, fresh = load_weights(base, device, settings.seed, reporter, wide=fit.trains_base)
-        joins = _may_join(loaded.recipe, model, method.obstacle(config, "flat"), reporter)
-        inject.graft(model, method, config, settings.seed, trained=fresh)
-        inject.widen_trained(model)
-        quantization.require_exact_biases(model)
-        _note_fresh(fresh, reporter)
-        _note_sizes(model, precision, reporter)
-        job = Job(loaded.recipe, folder, base, model, method, config, prepared, joins)
-        if options.overwrite and not options.resume:  # no sooner: a mistake must not cost the run that was there
-            files.clear_run(folder, owned=manifest.RUN_FILES)
-        _write_start(job)
-        return _write_end(job, _run_loop(job, precision, resumed, reporter))
+    precision = mixed_precision(loaded.recipe.training.mixed_precision, device)
+    with distributed.losses_explained(section.timeout):
+        accelerator, group = distributed.begin(section, precision, device)
+        if not group.is_first:
+            reporter, show = Silent(), _show_nothing
+        folder = Path(loaded.recipe.output_dir or "runs")
+        with open_folder(folder, options) if group.is_first else contextlib.nullcontext():
+            resumed = _checkpoint_for_all(loaded.recipe, folder, options, group, reporter)
+            job = _open_job(loaded, method, config, group, reporter, show)
+            checks.what_runs(accelerator, group, precision)
+            if group.is_first:
+                if (
+                    options.overwrite and not options.resume
+                ):  # no sooner: a mistake must not cost the run that was there
+                    files.clear_run(folder, owned=manifest.RUN_FILES)
+                _write_start(job)
+            group.wait()
+            found = _write_end(job, _run_loop(job, accelerator, resumed, reporter))
+        distributed.end()
+    return found
+
+
+def _show_nothing(_: list[Segment]) -> None:
+    """Shows no sample: another process does."""
+
+
+def _open_job(
+    loaded: LoadedRecipe,
+    method: type[Method],
+    config: MethodConfig,
+    group: Processes,
+    reporter: Reporter,
+    show: Callable[[list[Segment]], None],
+) -> Job:
+    """Returns all that the run needs, opened and checked in the order in which mistakes cost least."""
+    wanted = loaded.recipe
+    reporter.stage("reading the data and the model's configuration")
+    raw = read_data(wanted)
+    base = open_base(wanted.model, meaning=raw.meaning, packed=wanted.quantization)
+    fit = find_sites(loaded, base, method, config)
+    check_checkpointing(loaded, method, config)
+    prepared = encode_data(wanted, raw, base)
+    _note_data(prepared, base, reporter)
+    config = settle(loaded, method, config, base, prepared, group.count)
+    show(render(prepared.train, 0, base.processor, prepared.meaning.labels))
+    reporter.stage("loading the base model")
+    spread = group.count > 1 and wanted.distributed.strategy == "fsdp2"
+    # What is to be spread need not fit on one device: it is put there layer by layer.
+    device = torch.device("cpu") if spread else group.device
+    model, fresh = load_weights(base, device, wanted.training.seed, reporter, wide=fit.trains_base)
+    joins = _may_join(wanted, model, method.obstacle(config, "flat"), reporter)
+    inject.graft(model, method, config, wanted.training.seed, trained=fresh)
+    inject.widen_trained(model)
+    quantization.require_exact_biases(model)
+    _note_fresh(fresh, reporter)
+    counts = manifest.parameter_counts(model)
+    _note_sizes(model, counts, wanted.training, group, reporter)
+    if wanted.training.gradient_checkpointing:
+        _checkpoint_activations(model)
+    if spread:
+        sharding.shard(model, group.device, group.count)
+        reporter.note(checks.what_is_spread(model))
+    return Job(wanted, Path(wanted.output_dir or "runs"), base, model, method, config, prepared, joins, counts, group)
 
 
 def mixed_precision(wanted: str, device: torch.device) -> str:
@@ -161,6 +207,21 @@ def open_folder(folder: Path, options: TrainOptions) -> Iterator[None]:
             yield
         finally:
             files.remove_if_unused(folder)
+
+
+def _checkpoint_for_all(
+    wanted: Recipe, folder: Path, options: TrainOptions, group: Processes, reporter: Reporter
+) -> Path | None:
+    """Returns the checkpoint that every process resumes from, as the first has found it; None for a new run."""
+    found = _resume_from(wanted, folder, reporter) if options.resume and group.is_first else None
+    step = group.of_first(-1 if found is None else int(found.name.rpartition("-")[2]))
+    checkpoint = state.folder_of(folder, step)
+    if step >= 0 and not checkpoint.is_dir():
+        raise ModelError(
+            f"{checkpoint} is not there for process {group.place.rank}",
+            hint="output_dir must be a folder that all machines share",
+        )
+    return checkpoint if step >= 0 else None
 
 
 def _resume_from(wanted: Recipe, folder: Path, reporter: Reporter) -> Path | None:
@@ -209,13 +270,11 @@ def _may_join(wanted: Recipe, model: PreTrainedModel, obstacle: str | None, repo
     Raises:
         ModelError: The recipe insists and the model cannot.
     """
-    from peftcli.training.checks import joins_exactly
-
     if wanted.data.padding_free is False or wanted.model.task != "causal-lm":
         return False
     attention = model.config._attn_implementation
     message = obstacle or f"{model.config.model_type} with {attention} attention cannot keep joined samples apart"
-    if obstacle is None and joins_exactly(model):
+    if obstacle is None and checks.joins_exactly(model):
         return True
     if wanted.data.padding_free is True:
         raise ModelError(f"data.padding_free: {message}", hint="set data.padding_free to auto or false")
@@ -223,14 +282,19 @@ def _may_join(wanted: Recipe, model: PreTrainedModel, obstacle: str | None, repo
     return False
 
 
-def _note_sizes(model: PreTrainedModel, precision: str, reporter: Reporter) -> None:
-    counts = manifest.parameter_counts(model)
+def _note_sizes(
+    model: PreTrainedModel, counts: dict[str, int | float], settings: TrainingSection, group: Processes, to: Reporter
+) -> None:
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    reporter.note(
+    to.note(
         f"{counts['trainable_params']:,} of {counts['total_params']:,} parameters train "
         f"({counts['trainable_percent']:.3f} %) in {len(inject.adapters(model))} modules; "
-        f"base in {dtype} on {model.device}, mixed precision {precision}"
+        f"base in {dtype} on {group.device}, mixed precision {mixed_precision(settings.mixed_precision, group.device)}"
     )
+    if group.count > 1:
+        threads = f", {torch.get_num_threads()} CPU threads each" if group.device.type == "cpu" else ""
+        samples = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * group.count
+        to.note(f"{group.count} processes over {group.backend}{threads}: {samples} samples a step")
 
 
 def _write_start(job: Job) -> None:
@@ -243,16 +307,11 @@ def _write_start(job: Job) -> None:
     write_meaning(job.folder, job.data.meaning)
 
 
-def _run_loop(job: Job, precision: str, resumed: Path | None, reporter: Reporter) -> Result:
-    from accelerate import Accelerator
-
+def _run_loop(job: Job, accelerator: Accelerator, resumed: Path | None, reporter: Reporter) -> Result:
     from peftcli.training.loop import Trainer
 
-    accelerator = Accelerator(mixed_precision=precision, cpu=job.model.device.type == "cpu")
-    if job.recipe.training.gradient_checkpointing:
-        _checkpoint_activations(job.model)
     first_step = int(resumed.name.rpartition("-")[2]) if resumed is not None else 0
-    trainer = Trainer(_task(job, accelerator, first_step, reporter), accelerator)
+    trainer = Trainer(_task(job, first_step, reporter), accelerator, job.group)
     if resumed is not None:
         trainer.resume(resumed)
     return trainer.run()
@@ -265,10 +324,9 @@ def _checkpoint_activations(model: PreTrainedModel) -> None:
     model.activation_checkpointing_enable({"use_reentrant": False})
 
 
-def _task(job: Job, accelerator: Accelerator, first_step: int, reporter: Reporter) -> Task:
+def _task(job: Job, first_step: int, reporter: Reporter) -> Task:
     from peftcli.data.sampling import StepPlan
     from peftcli.evaluation.tasks import evaluator
-    from peftcli.training.logs import MetricsLog, TensorBoardLog
     from peftcli.training.loop import Task
     from peftcli.training.objectives import objective
 
@@ -279,7 +337,8 @@ def _task(job: Job, accelerator: Accelerator, first_step: int, reporter: Reporte
     if job.data.eval is not None:
         held_out = make_batcher(job.data.eval, job.base, joins=job.joins, always=always, prompts=prompts)
         size = settings.per_device_eval_batch_size
-        eval_with = partial(evaluator(task, kind), job.model, held_out, size, accelerator.device, reporter.advance)
+        measure = partial(evaluator(task, kind), processes=job.group)
+        eval_with = partial(measure, job.model, held_out, size, job.group.device, reporter.advance)
     learning_rate = settings.learning_rate or job.method.default_learning_rate
     return Task(
         run=job.folder,
@@ -294,25 +353,36 @@ def _task(job: Job, accelerator: Accelerator, first_step: int, reporter: Reporte
             settings.per_device_train_batch_size,
             settings.gradient_accumulation_steps,
             settings.seed,
-            accelerator.process_index,
-            accelerator.num_processes,
+            job.group.place.rank,
+            job.group.count,
         ),
         batcher=make_batcher(job.data.train, job.base, joins=job.joins, always=always, prompts=prompts),
         evaluate=eval_with,
         reporter=reporter,
-        logs=[
-            MetricsLog(job.folder, first_step),
-            *(TensorBoardLog(job.folder, first_step) for _ in job.recipe.logging.report_to),
-        ],
+        logs=_logs(job, first_step),
     )
+
+
+def _logs(job: Job, first_step: int) -> list[MetricsLog | TensorBoardLog]:
+    """Returns where metrics go: nowhere for a process that is not the first, whose numbers are the same."""
+    from peftcli.training.logs import MetricsLog, TensorBoardLog
+
+    if not job.group.is_first:
+        return []
+    others = (TensorBoardLog(job.folder, first_step) for _ in job.recipe.logging.report_to)
+    return [MetricsLog(job.folder, first_step), *others]
 
 
 def _write_end(job: Job, result: Result) -> dict[str, Any]:
     """Writes the adapter, the manifest and the model card, and returns the manifest."""
-    adapter_files.save_adapter(job.folder, job.model, job.origin)
+    adapter = adapter_files.contents(job.model, job.origin)
+    if not job.group.is_first:
+        return {}
+    adapter_files.write_contents(job.folder, adapter)
     facts = manifest.describe(
         job.folder, job.recipe, job.base.config, job.base.processor, job.base.revision, job.model, job.data, result
     )
+    facts |= {"parameters": job.counts, **distributed.facts(job.group)}
     files.write_json(job.folder / manifest.MANIFEST_FILE, facts)
     text = (job.folder / RECIPE_FILE).read_text(encoding="utf-8")
     files.write_text(job.folder / "README.md", manifest.model_card(facts, text))

@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from peftcli.errors import ModelError, NumericalError
+from peftcli import sharding
+from peftcli.errors import HostError, ModelError, NumericalError
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from transformers import PreTrainedModel
+
+    from peftcli.training.distributed import Processes
 
 LAYOUT_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 1e-1, torch.float16: 3e-2}
 """How far logits may differ between layouts, relative to the largest: rounding, but not a leak between samples."""
@@ -46,6 +50,43 @@ def not_finite(parameters: Mapping[str, nn.Parameter]) -> list[str]:
         for name, parameter in parameters.items()
         if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all())
     ]
+
+
+def what_runs(accelerator: Accelerator, group: Processes, precision: str) -> None:
+    """Raises a HostError where what is about to run is not what was asked for.
+
+    Accelerate, on a device or in an environment that it does not expect, goes on in float32, on one process or without
+    a loss scale, and says nothing.
+    """
+    kind = group.device.type
+    with accelerator.autocast():
+        runs = str(torch.get_autocast_dtype(kind)).removeprefix("torch.") if torch.is_autocast_enabled(kind) else "no"
+    asked = {"no": "no", "bf16": "bfloat16", "fp16": "float16"}[precision]
+    if runs != asked:
+        raise HostError(
+            f"training.mixed_precision: {precision} was asked for, and {kind} computes with {runs}",
+            hint="set training.mixed_precision to no, or to auto",
+        )
+    if (accelerator.scaler is not None) != (precision == "fp16"):
+        raise HostError("training.mixed_precision: fp16 and only fp16 needs a loss scale", hint="set it to auto")
+    started = torch.distributed.get_world_size() if group.backend is not None else 1
+    if started != group.count:
+        raise HostError(f"{group.count} processes were started, and {started} are connected")
+
+
+def what_is_spread(model: nn.Module) -> str:
+    """Returns a sentence on how much of `model` lies on this process after it was spread.
+
+    Raises:
+        HostError: Nothing was spread.
+    """
+    count, size = sharding.shares(model)
+    if not count:
+        raise HostError("distributed.strategy: fsdp2 has spread no parameter", hint="set it to ddp")
+    kept = sum(one.nbytes for one in model.parameters() if not sharding.is_spread(one))
+    return (
+        f"fsdp2: {count} tensors are spread, {size / 1e6:,.1f} MB of them on each process; {kept / 1e6:,.1f} MB are not"
+    )
 
 
 @torch.no_grad()

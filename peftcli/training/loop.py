@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from peftcli import inject
+from peftcli import inject, sharding
 from peftcli.checkpoint import state
 from peftcli.checkpoint.adapter import trained_beside
 from peftcli.checkpoint.state import Progress
-from peftcli.errors import DataError, Interrupted, NumericalError
+from peftcli.errors import DataError, Interrupted, NumericalError, RecipeError
 from peftcli.training import checks, logs, loss, optimizers, schedule
 from peftcli.training.meter import Meter
 from peftcli.training.signals import StopRequest
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from peftcli.data.sampling import StepPlan
     from peftcli.recipe import TrainingSection
     from peftcli.reporting import Metrics, Reporter
+    from peftcli.training.distributed import Processes
     from peftcli.training.logs import MetricsLog, TensorBoardLog
     from peftcli.training.objectives import Objective
 
@@ -46,7 +47,7 @@ class Task:
 
     Attributes:
         run: The output folder.
-        model: The base model with its adapters, not yet prepared by Accelerate.
+        model: The base model with its adapters, on its device or spread over the processes.
         origin: What adapter files say beside the tensors; the method and its Config among it.
         settings: The recipe's training section.
         learning_rate: The peak learning rate.
@@ -93,9 +94,10 @@ class Result:
 class Trainer:
     """Runs one task from a checkpoint, or from the start, to the end."""
 
-    def __init__(self, task: Task, accelerator: Accelerator) -> None:
+    def __init__(self, task: Task, accelerator: Accelerator, processes: Processes) -> None:
         self.task = task
         self.accelerator = accelerator
+        self.processes = processes
         self.parameters = optimizers.trainable_parameters(task.model)
         self.adapters = inject.adapters(task.model)  # once: finding them walks the whole model
         checks.something_trains(self.parameters)
@@ -106,13 +108,13 @@ class Trainer:
             task.head_learning_rate,
             trained_beside(task.model, task.origin),
         )
-        self.progress = Progress(data=task.batcher.dataset.fingerprint)
+        self.progress = Progress(data=task.batcher.dataset.fingerprint, samples_per_step=task.plan.samples_per_step)
+        self.is_spread = any(sharding.is_spread(parameter) for parameter in self.parameters.values())
         self.total = schedule.total_steps(task.settings, task.plan.steps_per_epoch)
         self.factor = schedule.learning_rate_schedule(task.settings, self.total)
         self.meter = Meter()
         self.last_log: Metrics = {}
         self.evaluations: dict[int, Metrics] = {}
-        self.model: Any = None
         self.prepared: Any = None
 
     def resume(self, folder: Path) -> None:
@@ -120,8 +122,10 @@ class Trainer:
 
         Raises:
             DataError: The training samples are not those of the run.
+            RecipeError: A step would take another number of samples than before.
         """
         found = state.load_checkpoint(folder, self.task.model, self.optimizer)
+        self._require_same_steps(found)
         if found.data != self.progress.data:
             raise DataError(
                 f"data.train: it has changed since {self.task.run} was started with it",
@@ -134,6 +138,20 @@ class Trainer:
             else:
                 self.last_log = metrics
 
+    def _require_same_steps(self, found: Progress) -> None:
+        """Raises a RecipeError where a step of this run does not take as many samples as those of `found` did."""
+        plan = self.task.plan
+        if found.samples_per_step in (plan.samples_per_step, 0):  # 0: of a version that did not say
+            return
+        rounds, rest = divmod(found.samples_per_step, plan.batch_size * plan.world_size)
+        raise RecipeError(
+            f"a step of this run took {found.samples_per_step} samples, and with {plan.world_size} processes it would "
+            f"take {plan.samples_per_step}: the remaining steps would be others",
+            hint=f"set training.gradient_accumulation_steps to {rounds}"
+            if rounds and not rest
+            else "choose processes, batch size and accumulation whose product is the same",
+        )
+
     def run(self) -> Result:
         """Trains to the end.
 
@@ -142,7 +160,8 @@ class Trainer:
             Interrupted: A signal asked for an end; the run is saved and can be resumed.
         """
         task, started = self.task, time.monotonic()
-        self.model, self.prepared = self.accelerator.prepare(task.model, self.optimizer)
+        # Only the optimizer: Accelerate would replace the model's forward, and put DDP around it.
+        self.prepared = self.accelerator.prepare_optimizer(self.optimizer, device_placement=False)
         if self.accelerator.scaler is not None and self.progress.loss_scale:
             self.accelerator.scaler.load_state_dict(self.progress.loss_scale)
         task.reporter.begin(self.total, self.progress.step)
@@ -152,10 +171,13 @@ class Trainer:
                 while self.progress.step < self.total and not self._out_of_patience():
                     self._step()
                     self._after_step()
-                    if stop.signal_name is not None and self.progress.step < self.total:
+                    # Whichever process was asked to stop, all of them do, after the same step.
+                    stopping = self.processes.sums(stop.signal_name is not None)[0]
+                    if stopping and self.progress.step < self.total:
                         self._save()
                         raise Interrupted(
-                            f"{stop.signal_name}: stopped after step {self.progress.step} of {self.total}; it is saved",
+                            f"{stop.signal_name or 'a signal to another process'}: stopped after step "
+                            f"{self.progress.step} of {self.total}; it is saved",
                             hint="run the same command with --resume to go on",
                         )
         finally:
@@ -169,18 +191,22 @@ class Trainer:
         task, step, settings = self.task, self.progress.step, self.task.settings
         micro_batches = task.plan.step(step)
         batches = [task.batcher.batch(indices) for indices in micro_batches]
-        tokens = self._sum_over_ranks(sum(batch.num_supervised for batch in batches))
-        all_tokens = self._sum_over_ranks(sum(batch.num_tokens for batch in batches))
+        tokens, all_tokens = self.processes.sums(
+            sum(batch.num_supervised for batch in batches), sum(batch.num_tokens for batch in batches)
+        )
         optimizers.set_learning_rate(self.optimizer, self.factor(step))
-        summed = torch.zeros((), device=self.accelerator.device)
+        summed = torch.zeros((), device=self.processes.device)
         for position, batch in enumerate(batches):
             summed += self._backward(batch, tokens, position, last=position == len(batches) - 1)
         self._backward_penalty()
+        self.processes.add_gradients(self.parameters)
         if step == 0:
             checks.gradients_arrived(self.parameters)
         task.origin.method.before_step(task.origin.config, self.adapters)
-        norm = self.accelerator.clip_grad_norm_(self.parameters.values(), settings.max_grad_norm or math.inf)
-        total_loss = float(self._sum_over_ranks(summed)) / tokens
+        norm = sharding.whole(
+            self.accelerator.clip_grad_norm_(self.parameters.values(), settings.max_grad_norm or math.inf)
+        )
+        total_loss = self.processes.sums(summed)[0] / tokens
         self._refuse_unless_finite(total_loss, norm, micro_batches)
         self.prepared.step()
         if not self.prepared.step_was_skipped:
@@ -193,17 +219,14 @@ class Trainer:
 
     def _backward(self, batch: Any, tokens: float, position: int, *, last: bool) -> Tensor:
         """Adds one micro-batch's gradients and returns its summed loss, detached."""
-        batch = batch.to(self.accelerator.device)
-        loss.seed_noise(self.task.settings.seed, self.progress.step, position, self.accelerator.process_index)
-        # Ranks average their gradients: their number undoes that, so the sum is over all tokens of the step.
-        scale = self.accelerator.num_processes / tokens
-        if last:
-            summed = self.task.objective(self.model, batch)
-            self.accelerator.backward(summed * scale)
-        else:
-            with self.accelerator.no_sync(self.model):
-                summed = self.task.objective(self.model, batch)
-                self.accelerator.backward(summed * scale)
+        batch = batch.to(self.processes.device)
+        loss.seed_noise(self.task.settings.seed, self.progress.step, position, self.processes.place.rank)
+        if self.is_spread:
+            sharding.set_gradient_sync(self.task.model, on=last)
+        with self.accelerator.autocast():
+            summed = self.task.objective(self.task.model, batch)
+        # The processes' gradients are averaged: their number undoes that, so the sum is over all tokens of the step.
+        self.accelerator.backward(summed * (self.processes.count / tokens))
         return summed.detach()
 
     def _backward_penalty(self) -> None:
@@ -212,12 +235,6 @@ class Trainer:
         penalty = method.penalty(config, self.adapters.values())
         if penalty is not None:
             self.accelerator.backward(penalty)
-
-    def _sum_over_ranks(self, value: float | Tensor) -> float:
-        if self.accelerator.num_processes == 1:
-            return float(value)
-        total: Any = self.accelerator.reduce(torch.as_tensor(value, device=self.accelerator.device), "sum")
-        return float(total)
 
     def _refuse_unless_finite(self, value: float, norm: Tensor, micro_batches: list[list[int]]) -> None:
         """Raises a NumericalError, naming the rows, where the step's loss or gradient is not finite.
@@ -263,7 +280,8 @@ class Trainer:
     def _evaluate(self) -> bool:
         """Evaluates, logs it, and returns whether the loss is the lowest so far."""
         assert self.task.evaluate is not None
-        metrics = self.task.evaluate()
+        with self.accelerator.autocast():
+            metrics = self.task.evaluate()
         self.task.model.train()
         self.meter.restart_clock()
         self._log(metrics)
@@ -288,9 +306,12 @@ class Trainer:
         task = self.task
         if self.accelerator.scaler is not None:
             self.progress.loss_scale = self.accelerator.scaler.state_dict()
-        state.save_checkpoint(task.run, self.progress, task.model, self.optimizer, task.origin)
+        first = self.processes.is_first
+        state.save_checkpoint(task.run, self.progress, task.model, self.optimizer, task.origin, writes=first)
         keep = {self.progress.best_step} if task.settings.load_best_at_end else set()
-        state.rotate(task.run, task.settings.save_total_limit, keep)
+        if first:
+            state.rotate(task.run, task.settings.save_total_limit, keep)
+        self.processes.wait()  # until it is there for all
 
     def _restore_best(self) -> None:
         """Puts the adapter with the lowest evaluation loss back, where the recipe asks for it."""

@@ -5,7 +5,19 @@ import typer
 from peftcli.cli.main import app
 
 COMMANDS = {
-    "train": ["recipe", "overrides", "--resume", "--overwrite", "--device", "--json"],
+    "train": [
+        "recipe",
+        "overrides",
+        "--resume",
+        "--overwrite",
+        "--device",
+        "--num-processes",
+        "--nnodes",
+        "--rdzv-endpoint",
+        "--rdzv-id",
+        "--print-launch",
+        "--json",
+    ],
     "eval": ["run", "--adapter", "--model", "--data", "--batch-size", "--device", "--json"],
     "merge": ["run", "--adapter", "--model", "-o", "--output", "--dtype", "--overwrite", "--json"],
     "export": [

@@ -58,8 +58,9 @@ from .conftest import GOOD
         ("method.token_dim", "it follows from the model"),
         ("method.total_step", "it follows from training.max_steps or training.num_train_epochs"),
         ("method.wavelet_family", "waveft has Haar's wavelet alone, PEFT's db1"),
-        ("deepspeed", "training on several devices is not in this version yet"),
-        ("distributed", "training on several devices is not in this version yet"),
+        ("deepspeed", "peftcli calls this distributed.deepspeed_config"),
+        ("fsdp", "peftcli calls this distributed.strategy"),
+        ("num_nodes", "the number of machines is not the recipe's: peftcli train --nnodes N, or torchrun"),
         ("wandb_project", "logging.report_to takes tensorboard"),
         # The right key in the wrong section, read off the schema.
         ("learning_rate", "learning_rate belongs in training"),
@@ -82,7 +83,11 @@ from .conftest import GOOD
         ("data.target_module", 'did you mean "method.target_modules"?'),
         # Nothing comes near.
         ("logging.zzz", "logging takes report_to"),
-        ("zzz", "a recipe takes model, quantization, data, method, training, evaluation, logging, output_dir, extends"),
+        (
+            "zzz",
+            "a recipe takes model, quantization, data, method, training, distributed, evaluation, logging, output_dir, "
+            "extends",
+        ),
         ("x" * 1000, None),
     ],
 )

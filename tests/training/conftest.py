@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from peftcli import inject, methods
 from peftcli.checkpoint import adapter as adapter_files
@@ -42,6 +43,7 @@ def make_trainer(make_model, tmp_path):
     ):
         from accelerate import Accelerator
 
+        from peftcli.training.distributed import alone
         from peftcli.training.logs import MetricsLog
         from peftcli.training.loop import Task, Trainer
         from peftcli.training.objectives import objective
@@ -74,7 +76,7 @@ def make_trainer(make_model, tmp_path):
             reporter=Recorder(),
             logs=[MetricsLog(tmp_path, 0)],
         )
-        return Trainer(task, Accelerator(cpu=True))
+        return Trainer(task, Accelerator(cpu=True), alone(torch.device("cpu")))
 
     return make
 

@@ -280,7 +280,7 @@ def test_nothing_to_train_is_refused(make_trainer):
     for parameter in trainer.parameters.values():
         parameter.requires_grad_(False)
     with pytest.raises(ModelError, match="nothing would train"):
-        type(trainer)(trainer.task, trainer.accelerator)
+        type(trainer)(trainer.task, trainer.accelerator, trainer.processes)
 
 
 def test_only_the_adapter_moves(make_trainer):

@@ -1,0 +1,192 @@
+"""Starts the processes of a run with torch's own launcher, in this very process, and says how they ended.
+
+This process becomes what `torchrun` is: it starts the workers, passes signals on to them, and ends them all when one
+fails. It does no work of its own. Started by a launcher, a process is a worker, and starts no others.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import signal
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peftcli import processes
+from peftcli.errors import EXIT_INTERRUPTED_TWICE, HostError, RecipeError
+
+if TYPE_CHECKING:
+    from peftcli.recipe import DistributedSection
+
+SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGUSR1"
+"""What the launcher passes on. By itself it would let SIGUSR1, a scheduler's warning, end it and leave the workers."""
+GRACE_SECONDS = 600
+"""How long workers that were asked to stop may take to finish their step and save."""
+DEFAULT_ENDPOINT = "HOST:29500"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Which processes a run wants.
+
+    Attributes:
+        per_machine: Processes on each machine; None where each is to have one for each of its GPUs.
+        machines: How many machines.
+        endpoint: `host:port` of the machine where they all meet; None for one machine.
+        run_id: What tells this run from others that meet there.
+        timeout: Seconds to wait for the other machines.
+        threads: CPU threads of each process; None where its launcher may choose.
+    """
+
+    per_machine: int | None
+    machines: int = 1
+    endpoint: str | None = None
+    run_id: str = "peftcli"
+    timeout: int = 600
+    threads: int | None = None
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether more is to be started than this process, which no launcher has started."""
+        alone = self.machines == 1 and self.per_machine == 1
+        return not alone and not processes.here().launched
+
+
+def plan(
+    section: DistributedSection, device: str | None, machines: int, endpoint: str | None, run_id: str | None
+) -> Launch:
+    """Returns the processes that a recipe and a command line ask for.
+
+    Raises:
+        RecipeError: They do not fit together.
+    """
+    asked = section.num_processes
+    if machines > 1 and endpoint is None and not processes.here().launched:
+        raise RecipeError(
+            "--nnodes: machines need a place to meet", hint="name the first one: --rdzv-endpoint HOST:29500"
+        )
+    if device is not None and ":" in device and asked not in ("auto", 1):
+        raise RecipeError(
+            f"--device: {device} is one device, and distributed.num_processes asks for {asked} of them",
+            hint=f"name the kind alone: --device {device.partition(':')[0]}",
+        )
+    count = _num_devices(device) if asked == "auto" else asked
+    on_cpu = device == "cpu" or _num_accelerators() == 0
+    threads = processes.threads_each(count) if on_cpu else None
+    return Launch(count, machines, endpoint, run_id or "peftcli", section.timeout, threads)
+
+
+def _num_devices(device: str | None) -> int:
+    """Returns how many processes suit this machine: one for each accelerator, unless one device was named."""
+    return 1 if device is not None and (device == "cpu" or ":" in device) else max(1, _num_accelerators())
+
+
+def _num_accelerators() -> int:
+    import torch
+
+    return torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+
+
+def line(launch: Launch, arguments: Sequence[str]) -> str:
+    """Returns the command that each machine runs to start `launch` without peftcli's own launcher."""
+    before = [f"OMP_NUM_THREADS={launch.threads}"] if launch.threads is not None else []
+    meeting = ["--standalone"]
+    if launch.machines > 1:
+        meeting = [
+            f"--nnodes={launch.machines}",
+            f"--rdzv-id={launch.run_id}",
+            "--rdzv-backend=c10d",
+            f"--rdzv-endpoint={launch.endpoint or DEFAULT_ENDPOINT}",
+        ]
+    count = "gpu" if launch.per_machine is None else launch.per_machine
+    start = ["torchrun", *meeting, f"--nproc-per-node={count}", f"--signals-to-handle={SIGNALS}"]
+    return shlex.join([*before, *start, "-m", "peftcli", *arguments])
+
+
+def start(launch: Launch, arguments: Sequence[str]) -> int:
+    """Runs `peftcli` with `arguments` in each process of `launch`, waits for all, and returns the run's exit code.
+
+    Raises:
+        HostError: A process was killed, or the machines did not meet.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it reports what is reported here
+    if launch.threads is not None:
+        os.environ.setdefault("OMP_NUM_THREADS", str(launch.threads))
+    with tempfile.TemporaryDirectory(prefix="peftcli-launch-") as folder:
+        try:
+            _run(launch, arguments, folder)
+        except ChildFailedError as error:
+            return _exit_code(Path(folder), error)
+        except Exception as error:
+            stopped = getattr(error, "sigval", None)  # torch's SignalException, which has no public name
+            if stopped is None:
+                raise _not_met(launch, error) from error
+            said = processes.outcome_in(Path(folder))
+            return (
+                said[1] if said is not None else EXIT_INTERRUPTED_TWICE if stopped == signal.SIGINT else 128 + stopped
+            )
+    return 0
+
+
+def _run(launch: Launch, arguments: Sequence[str], folder: str) -> None:
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    assert launch.per_machine is not None
+    config = LaunchConfig(
+        min_nodes=launch.machines,
+        max_nodes=launch.machines,
+        nproc_per_node=launch.per_machine,
+        run_id=launch.run_id,
+        rdzv_backend="c10d",
+        rdzv_endpoint=launch.endpoint or "localhost:0",
+        rdzv_configs={"join_timeout": launch.timeout},
+        max_restarts=0,
+        monitor_interval=0.1,
+        logs_specs=DefaultLogsSpecs(log_dir=folder),
+        local_addr="localhost" if launch.machines == 1 else None,
+        signals_to_handle=SIGNALS,
+        shutdown_timeout=GRACE_SECONDS,
+    )
+    elastic_launch(config, sys.executable)("-m", "peftcli", *arguments)
+
+
+def _exit_code(folder: Path, error: Any) -> int:
+    """Returns the exit code of the first process that failed of itself and said why.
+
+    Raises:
+        HostError: None of this machine's processes has said why it failed.
+    """
+    said = processes.outcome_in(folder)
+    if said is not None:
+        return said[1]
+    killed = {rank: -failure.exitcode for rank, failure in error.failures.items() if failure.exitcode < 0}
+    if killed:
+        rank, number = next(iter(killed.items()))
+        raise HostError(
+            f"process {rank} of the run was killed by {signal.Signals(number).name}; the others were ended",
+            hint="SIGKILL mostly means that the machine ran out of memory; the last checkpoint is intact: --resume"
+            if number == signal.SIGKILL
+            else "the last checkpoint is intact: go on from it with --resume",
+        )
+    raise HostError(
+        "a process on another machine has ended, and those on this one with it",
+        hint="see the output of the other machines; the last checkpoint is intact: --resume",
+    )
+
+
+def _not_met(launch: Launch, error: Exception) -> Exception:
+    """Returns what to raise for an `error` of the launcher itself."""
+    if type(error).__name__.startswith("Rendezvous"):
+        return HostError(
+            f"the {launch.machines} machines did not all meet at {launch.endpoint} within {launch.timeout} seconds",
+            hint="start the same command on each of them; the host must be one of them and its port be reachable",
+        )
+    return error

@@ -1,0 +1,23 @@
+"""What each process of a test's launch does: trains one recipe after another, so that imports are paid for once."""
+
+import json
+import sys
+from pathlib import Path
+
+from peftcli import recipe
+from peftcli.reporting import Silent
+from peftcli.run.training import TrainOptions, train
+from peftcli.training import distributed
+from tests.conftest import reset_accelerate
+
+
+def main(jobs):
+    distributed.end = lambda: None  # the connection serves all jobs
+    for job in json.loads(Path(jobs).read_text()):
+        reset_accelerate()
+        options = TrainOptions("cpu", resume=job["resume"])
+        train(recipe.load(Path(job["recipe"]), job["overrides"]), options, Silent(), lambda _: None)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
