@@ -54,6 +54,15 @@ FREE_TO_CHANGE = {
     "output_dir",
 }
 """Recipe keys that do not change what the remaining steps compute; any other may not change when a run is resumed."""
+CUTS_STEPS = (
+    "training.per_device_train_batch_size",
+    "training.gradient_accumulation_steps",
+    "distributed.strategy",
+    "distributed.num_processes",
+    "distributed.timeout",
+    "distributed.deepspeed_config",
+)
+"""Recipe keys that decide how a step is shared out; they may change as long as a step takes as many samples."""
 
 
 def changed_fields(wanted: Recipe, before: Recipe) -> dict[str, tuple[Any, Any]]:

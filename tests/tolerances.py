@@ -28,3 +28,7 @@ SAME_STEPS = 1e-5
 
 LEFT_OVER = 1e-3
 """The norm of what a truncated SVD in float32 leaves of a matrix, relative to that norm."""
+
+SAME_ON_RANKS = 1e-6
+"""Adapter tensors after a few steps of SGD on one process and on several: the gradient's terms are added in another
+order, and a step is not divided by their size."""

@@ -235,10 +235,13 @@ def _resume_from(wanted: Recipe, folder: Path, reporter: Reporter) -> Path | Non
         raise ModelError(f"{folder} holds no run to resume", hint="leave --resume out to start one")
     before = recipe.load(folder / RECIPE_FILE).recipe
     changed = manifest.changed_fields(recipe.resolve_paths(wanted), before)
-    if changed:
-        listing = "; ".join(f"{key} was {old}, is {new}" for key, (old, new) in changed.items())
+    listing = {key: f"{key} was {old}, is {new}" for key, (old, new) in changed.items()}
+    recut = [listing.pop(key) for key in manifest.CUTS_STEPS if key in listing]
+    if recut:
+        reporter.note(f"steps are cut up otherwise than before ({'; '.join(recut)}): dropout draws other numbers")
+    if listing:
         raise RecipeError(
-            f"the recipe is not the one that {folder} was started with: {listing}",
+            f"the recipe is not the one that {folder} was started with: {'; '.join(listing.values())}",
             hint=f"resume with {folder / RECIPE_FILE}, or start a new run with output_dir=DIR",
         )
     checkpoint, remarks = state.newest_checkpoint(folder)

@@ -141,7 +141,7 @@ class Trainer:
     def _require_same_steps(self, found: Progress) -> None:
         """Raises a RecipeError where a step of this run does not take as many samples as those of `found` did."""
         plan = self.task.plan
-        if found.samples_per_step in (plan.samples_per_step, 0):  # 0: of a version that did not say
+        if found.samples_per_step == plan.samples_per_step:
             return
         rounds, rest = divmod(found.samples_per_step, plan.batch_size * plan.world_size)
         raise RecipeError(

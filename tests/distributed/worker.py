@@ -12,12 +12,13 @@ from tests.conftest import reset_accelerate
 
 
 def main(jobs):
-    distributed.end = lambda: None  # the connection serves all jobs
+    """Does the jobs in the file `jobs`."""
     for job in json.loads(Path(jobs).read_text()):
         reset_accelerate()
-        options = TrainOptions("cpu", resume=job["resume"])
-        train(recipe.load(Path(job["recipe"]), job["overrides"]), options, Silent(), lambda _: None)
+        loaded = recipe.load(Path(job["recipe"]), job["overrides"])
+        train(loaded, TrainOptions("cpu", resume=job["resume"]), Silent(), lambda _: None)
 
 
 if __name__ == "__main__":
+    distributed.end = lambda: None  # the connection serves all jobs
     main(sys.argv[1])
