@@ -1,6 +1,7 @@
 """Checkpoints: all that a resumed run needs comes back bit for bit, and a damaged one is never resumed from."""
 
 import json
+import re
 import shutil
 from dataclasses import dataclass
 
@@ -123,6 +124,65 @@ def test_an_optimizer_of_another_model_is_refused(make_run):
     tensors = {f"model.norm.weight|{key}": torch.zeros(1) for key in ("exp_avg", "step")}
     with pytest.raises(ModelError, match=r"model\.norm\.weight is not a parameter that trains"):
         state.load_optimizer_tensors(other.model, other.optimizer, tensors, "here")
+
+
+@pytest.mark.parametrize("entry", ["exp_avg", "exp_avg_sq", "step", None])
+def test_a_parameter_whose_state_is_missing_is_not_started_anew(entry, saved, make_run):
+    _, folder = saved
+    stored = state.load_file(folder / OPTIMIZER_FILE)
+    name = next(iter(stored)).partition("|")[0]
+    kept = {key: tensor for key, tensor in stored.items() if key.partition("|")[0] != name}
+    if entry is not None:
+        kept = {key: tensor for key, tensor in stored.items() if key != f"{name}|{entry}"}
+    assert len(stored) - len(kept) == (3 if entry is None else 1)
+    again = make_run()
+    with pytest.raises(ModelError, match=rf"^here: {re.escape(name)}: the optimizer's {entry or ''}\w* is missing"):
+        state.load_optimizer_tensors(again.model, again.optimizer, kept, "here")
+
+
+CHANGES = {
+    "another entry": (
+        lambda tensors, key: tensors | {f"{key}_2": torch.zeros(1)},
+        "exp_avg_2 is not what this optimizer keeps",
+    ),
+    "another shape": (lambda tensors, key: tensors | {key: tensors[key].flatten()}, r"exp_avg is torch.float32 \["),
+    "another dtype": (lambda tensors, key: tensors | {key: tensors[key].to(torch.uint8)}, r"exp_avg is torch.uint8 \["),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), CHANGES.values(), ids=CHANGES)
+def test_state_of_another_kind_is_refused(change, message, saved, make_run):
+    _, folder = saved
+    stored = state.load_file(folder / OPTIMIZER_FILE)
+    key = next(key for key in stored if key.endswith("|exp_avg"))
+    again = make_run()
+    with pytest.raises(ModelError, match=message):
+        state.load_optimizer_tensors(again.model, again.optimizer, change(stored, key), "here")
+
+
+def test_what_a_method_keeps_may_not_be_missing(tmp_path, make_model):
+    model = make_model()
+    adapt(model, "adalora", ["q_proj"])
+    optimizer = torch.optim.SGD(trainable(model).values(), lr=0.1)
+    stored = state.optimizer_tensors(model, optimizer)
+    name = next(key for key in stored if key.endswith("|state"))
+    state.load_optimizer_tensors(model, optimizer, stored, "here")
+    with pytest.raises(ModelError, match=rf"^here: {re.escape(name.removesuffix('|state'))} is missing"):
+        state.load_optimizer_tensors(
+            model, optimizer, {key: tensor for key, tensor in stored.items() if key != name}, "here"
+        )
+
+
+def test_an_optimizer_that_did_no_step_yet(make_run):
+    """A loss scale that starts too high skips the first steps, and a checkpoint may come before one that counts."""
+    run = make_run()
+    folder = run.save()
+    assert PROGRESS.loss_scale
+    again = make_run()
+    assert again.load(folder) == PROGRESS
+    assert not again.optimizer.state
+    with pytest.raises(ModelError, match="the optimizer's exp_avg is missing"):
+        make_run().load(run.save(3, Progress(3)))
 
 
 # ---- damage ----
