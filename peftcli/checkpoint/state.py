@@ -230,8 +230,9 @@ def load_optimizer_tensors(
     for group_index, group in enumerate(optimizer.param_groups):
         for index, parameter in enumerate(group["params"]):
             name = names[parameter]
-            fresh = _fresh_state(optimizer, group_index, index)
-            optimizer.state[parameter] = _filled(fresh, found[name], f"{where}: {name}")
+            kept = _filled(_fresh_state(optimizer, group_index, index), found[name], f"{where}: {name}")
+            if kept:  # SGD keeps nothing
+                optimizer.state[parameter] = kept
 
 
 def _fresh_state(optimizer: torch.optim.Optimizer, group_index: int, index: int) -> dict[str, Any]:

@@ -106,6 +106,8 @@ class Trainer:
             task.head_learning_rate,
             trained_beside(task.model, task.origin),
         )
+        for fact in optimizers.optimizer_facts(task.settings.optim, self.parameters.values()):
+            task.reporter.note(fact)
         self.progress = Progress(data=task.batcher.dataset.fingerprint)
         self.total = schedule.total_steps(task.settings, task.plan.steps_per_epoch)
         self.factor = schedule.learning_rate_schedule(task.settings, self.total)
@@ -142,7 +144,9 @@ class Trainer:
             Interrupted: A signal asked for an end; the run is saved and can be resumed.
         """
         task, started = self.task, time.monotonic()
-        self.model, self.prepared = self.accelerator.prepare(task.model, self.optimizer)
+        # The optimizer's state is where it belongs. Accelerate would load it once more to place it, which copies all of
+        # bitsandbytes' and takes it out of its pages.
+        self.model, self.prepared = self.accelerator.prepare(task.model, self.optimizer, device_placement=[None, False])
         if self.accelerator.scaler is not None and self.progress.loss_scale:
             self.accelerator.scaler.load_state_dict(self.progress.loss_scale)
         task.reporter.begin(self.total, self.progress.step)

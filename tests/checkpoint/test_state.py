@@ -13,6 +13,8 @@ from peftcli.checkpoint import state
 from peftcli.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE
 from peftcli.checkpoint.state import OPTIMIZER_FILE, STATE_FILE, Progress
 from peftcli.errors import ModelError
+from peftcli.recipe import TrainingSection
+from peftcli.training.optimizers import make_optimizer
 from tests.methods.building import adapt, origin_of, trainable
 
 PROGRESS = Progress(2, 1234, 0.1 + 0.2, 1, 3, {"scale": 65536.0, "growth_tracker": 7})
@@ -138,6 +140,52 @@ def test_a_parameter_whose_state_is_missing_is_not_started_anew(entry, saved, ma
     again = make_run()
     with pytest.raises(ModelError, match=rf"^here: {re.escape(name)}: the optimizer's {entry or ''}\w* is missing"):
         state.load_optimizer_tensors(again.model, again.optimizer, kept, "here")
+
+
+BNB_32, BNB_8 = {"step", "state1", "state2"}, {"step", "state1", "state2", "qmap1", "qmap2", "absmax1", "absmax2"}
+ENTRIES = {
+    "adamw": {"exp_avg", "exp_avg_sq", "step"},
+    "adamw_8bit": BNB_32 | BNB_8,
+    "paged_adamw_32bit": BNB_32,
+    "paged_adamw_8bit": BNB_32 | BNB_8,
+    "lion_8bit": {"step", "state1", "qmap1", "absmax1"},
+    "adafactor": {"step", "row_var", "col_var", "variance"},
+    "sgd": set(),
+}
+
+
+@pytest.mark.parametrize("optim", ENTRIES)
+def test_all_that_an_optimizer_keeps_comes_back_and_none_may_be_missing(optim, make_model, tmp_path):
+    """Matrices of more than 4,096 numbers, fewer, and vectors: what is kept of each is not the same."""
+
+    def fresh():
+        model = make_model(hidden_size=96)
+        adapt(model, "dora", ["q_proj", "k_proj"], r=48)
+        return model, make_optimizer(model, TrainingSection(optim=optim), 0.01, 0.01)
+
+    model, optimizer = fresh()
+    assert {parameter.numel() >= 4096 for parameter in trainable(model).values()} == {True, False}
+    for _ in range(2):
+        for parameter in trainable(model).values():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+    kept = state.optimizer_tensors(model, optimizer)
+    files.write_safetensors(tmp_path / "file", kept)
+    stored = state.load_file(tmp_path / "file")
+    assert {key.partition("|")[2] for key in stored} == ENTRIES[optim]
+
+    other, again = fresh()
+    state.load_optimizer_tensors(other, again, stored, "here")
+    assert same(state.optimizer_tensors(other, again), kept)
+    ours, theirs = (list(one.state.values()) for one in (again, optimizer))
+    assert [{key: type(value) for key, value in one.items()} for one in ours] == [
+        {key: type(value) for key, value in one.items()} for one in theirs
+    ]
+    for entry in ENTRIES[optim]:
+        key = next(key for key in stored if key.endswith(f"|{entry}"))
+        left = {name: tensor for name, tensor in stored.items() if name != key}
+        with pytest.raises(ModelError, match=re.escape(key.replace("|", ": the optimizer's ")) + " is missing"):
+            state.load_optimizer_tensors(*fresh(), left, "here")
 
 
 CHANGES = {
