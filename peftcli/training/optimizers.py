@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _MIN_8BIT_SIZE = 4096
 _MIN_PAGED_SIZE = 100_000
 
-_SAME_STEPS = {"paged_adamw_32bit": "adamw", "paged_adamw_8bit": "adamw_8bit"}
+_PAGED = ("paged_adamw_32bit", "paged_adamw_8bit")
 _WITHOUT_8_BITS = {
     "adamw_8bit": "choose adamw",
     "paged_adamw_8bit": "choose adamw",
@@ -118,7 +118,7 @@ def _bitsandbytes(
         optim_bits=32 if optim == "paged_adamw_32bit" else 8,
         min_8bit_size=_MIN_8BIT_SIZE,
         # Elsewhere it would warn, and do the same.
-        is_paged=optim in _SAME_STEPS and groups[0]["params"][0].device.type == "cuda",
+        is_paged=optim in _PAGED and groups[0]["params"][0].device.type == "cuda",
     )
     return adamw
 
@@ -128,7 +128,7 @@ def optimizer_facts(optim: str, parameters: Collection[Tensor]) -> list[str]:
     facts = []
     if optim in _WITHOUT_8_BITS:
         facts.append(_held_in_8_bits(optim, [parameter.numel() for parameter in parameters]))
-    if optim in _SAME_STEPS:
+    if optim in _PAGED:
         facts.append(_paged(optim, parameters))
     return facts
 
@@ -147,7 +147,8 @@ def _held_in_8_bits(optim: str, sizes: list[int]) -> str:
 
 
 def _paged(optim: str, parameters: Collection[Tensor]) -> str:
-    same = f"; {_SAME_STEPS[optim]} does the same"
+    any_8_bits = optim in _WITHOUT_8_BITS and any(parameter.numel() >= _MIN_8BIT_SIZE for parameter in parameters)
+    same = f"; {'adamw_8bit' if any_8_bits else 'adamw'} does the same"
     if next(iter(parameters)).device.type != "cuda":
         return f"{optim} pages nothing here: that needs a CUDA GPU{same}"
     paged = sum(parameter.numel() >= _MIN_PAGED_SIZE for parameter in parameters)

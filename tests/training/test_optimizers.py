@@ -296,10 +296,37 @@ def sized(*sizes):
                 "paged_adamw_8bit pages nothing here: that needs a CUDA GPU; adamw_8bit does the same",
             ],
         ),
+        (
+            "paged_adamw_8bit",
+            (9,),
+            [
+                "paged_adamw_8bit holds nothing in 8 bits here: none of the 1 tensors has 4,096 numbers, "
+                "and the moments of smaller ones stay in 32 bits; choose adamw",
+                "paged_adamw_8bit pages nothing here: that needs a CUDA GPU; adamw does the same",
+            ],
+        ),
     ],
 )
 def test_what_is_said(optim, sizes, facts):
     assert optimizer_facts(optim, sized(*sizes)) == facts
+
+
+def test_what_is_said_of_pages_on_a_gpu():
+    """Of stand-ins for tensors there, since no test has a GPU."""
+
+    class Claims:
+        device = torch.device("cuda")
+
+        def __init__(self, size):
+            self.numel = lambda: size
+
+    assert optimizer_facts("paged_adamw_32bit", [Claims(99_999), Claims(100_000)]) == [
+        "paged_adamw_32bit: the moments of 1 of 2 tensors are paged; tensors below 100,000 numbers never are"
+    ]
+    assert optimizer_facts("paged_adamw_32bit", [Claims(99_999)]) == [
+        "paged_adamw_32bit: the moments of 0 of 1 tensors are paged; tensors below 100,000 numbers never are; "
+        "adamw does the same"
+    ]
 
 
 @pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_8bit", "lion_8bit"])
