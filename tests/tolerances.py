@@ -32,3 +32,7 @@ LEFT_OVER = 1e-3
 SAME_ON_RANKS = 1e-6
 """Adapter tensors after a few steps of SGD on one process and on several: the gradient's terms are added in another
 order, and a step is not divided by their size."""
+
+EIGHT_BITS = 2e-2
+"""AdamW's path over a few steps with its moments in 8 bits, relative to that in 32. The 64 steps of the table between a
+tenth of a block's largest moment and the largest round a normal block's moments by about 1 %, in each step anew."""

@@ -203,10 +203,10 @@ OTHER_VALUES: dict[str, dict[str, str]] = {
     },
     "optim": {
         **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "adam", "adamw_fused"), "adamw"),
-        **dict.fromkeys(
-            ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "adafactor", "lion", "muon"),
-            "only adamw and sgd are in this version",
-        ),
+        **dict.fromkeys(("adamw_bnb_8bit", "adamw8bit", "adam_8bit", "adam8bit"), "adamw_8bit"),
+        **dict.fromkeys(("paged_adamw", "pagedadamw", "pagedadamw32bit"), "paged_adamw_32bit"),
+        "pagedadamw8bit": "paged_adamw_8bit",
+        **dict.fromkeys(("lion", "lion_32bit", "lion8bit", "paged_lion_8bit", "paged_lion_32bit"), "lion_8bit"),
     },
     "lr_scheduler_type": {
         "constant_with_warmup": "constant",

@@ -29,12 +29,16 @@ _NEED_EVAL: tuple[KeyPath, ...] = (
 
 # A field, and the value of another field without which it would do nothing.
 _NEED_VALUE: tuple[tuple[KeyPath, KeyPath, str | bool], ...] = (
-    (("training", "adam_beta1"), ("training", "optim"), "adamw"),
-    (("training", "adam_beta2"), ("training", "optim"), "adamw"),
-    (("training", "adam_epsilon"), ("training", "optim"), "adamw"),
     (("evaluation", "generate", "temperature"), ("evaluation", "generate", "do_sample"), True),
     (("evaluation", "generate", "top_p"), ("evaluation", "generate", "do_sample"), True),
 )
+
+# An optimizer, and the fields that it does not read. All read weight_decay: SGD without momentum decays as AdamW does.
+_NOT_READ_BY: dict[str, tuple[str, ...]] = {
+    "lion_8bit": ("adam_epsilon",),
+    "adafactor": ("adam_beta1", "adam_beta2", "adam_epsilon"),
+    "sgd": ("adam_beta1", "adam_beta2", "adam_epsilon"),
+}
 
 TASK_FORMATS: dict[str, tuple[str, ...]] = {
     "causal-lm": ("messages", "prompt-completion", "instruction", "text"),
@@ -88,7 +92,20 @@ def broken_rules(values: Mapping[str, Any], locate: Locate) -> Iterator[Problem]
         if written is not None and written != default_of(path) and other_value != value:
             message = f"{dotted(path)} does nothing without {dotted(on)}: {_plain(value)}"
             yield Problem(message, locate(path), f"set {dotted(on)}, or remove {path[-1]}")
+    yield from _optimizer_problems(values, locate)
     yield from _task_problems(values, locate)
+
+
+def _optimizer_problems(values: Mapping[str, Any], locate: Locate) -> Iterator[Problem]:
+    """Yields a problem for each field that `training.optim` does not read."""
+    optim = given(values, ("training", "optim"))
+    for field in _NOT_READ_BY.get(optim, ()) if isinstance(optim, str) else ():
+        path = ("training", field)
+        written = given(values, path)
+        if written is not None and written != default_of(path):
+            readers = "adamw" if field == "adam_epsilon" else "adamw and lion_8bit"
+            message = f"{dotted(path)} does nothing with training.optim: {optim}"
+            yield Problem(message, locate(path), f"it is for {readers}; set training.optim, or remove {field}")
 
 
 def _task_problems(values: Mapping[str, Any], locate: Locate) -> Iterator[Problem]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 
 class Section(BaseModel):
@@ -141,6 +141,9 @@ class DataSection(Section):
     )
 
 
+OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "lion_8bit", "adafactor", "sgd"]
+
+
 class TrainingSection(Section):
     """How to train."""
 
@@ -168,15 +171,28 @@ class TrainingSection(Section):
     )
     warmup_steps: int | None = Field(default=None, ge=0, description="Steps of warm-up, instead of warmup_ratio.")
     weight_decay: float = Field(
-        default=0.0, ge=0, description="AdamW's decoupled decay. 0: adapters are small and start near 0."
+        default=0.0,
+        ge=0,
+        description="Decoupled decay, times the learning rate. 0: adapters are small and start near 0.",
     )
-    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="Decay of AdamW's mean of gradients.")
-    adam_beta2: float = Field(default=0.999, ge=0, lt=1, description="Decay of AdamW's mean of squared gradients.")
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="Decay of the mean of gradients in AdamW and Lion.")
+    adam_beta2: float = Field(
+        default=0.999,
+        ge=0,
+        lt=1,
+        description="Decay of AdamW's mean of squared gradients. With lion_8bit: of the mean it keeps; left out: 0.99.",
+    )
     adam_epsilon: float = Field(default=1e-8, gt=0, description="Added to AdamW's denominator.")
     max_grad_norm: float | None = Field(
         default=1.0, gt=0, description="Gradients with a larger norm are scaled down to it. null: never."
     )
-    optim: Literal["adamw", "sgd"] = Field(default="adamw", description="The optimizer.")
+    optim: OptimizerName = Field(
+        default="adamw",
+        description="The optimizer. 8bit: moments of tensors of 4,096 numbers and more take a byte each. paged: a full "
+        "GPU moves moments to the host. lion_8bit wants 3 to 10 times less learning rate than AdamW, and as much more "
+        "weight decay. adafactor keeps moments by row and column, and no mean of gradients; it takes the learning rate "
+        "as it is, where its paper makes it relative to the weights.",
+    )
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = Field(
         default="auto",
         description="Number format of the computation. auto: bf16 where the device has it in hardware, else no.",
@@ -204,6 +220,14 @@ class TrainingSection(Section):
     seed: int = Field(
         default=42, ge=0, lt=2**32, description="Seed of everything random: adapter, data order, dropout."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lions_own_beta2(cls, values: Any) -> Any:
+        """Returns the values, with Lion's own default (arXiv 2302.06675) where they leave `adam_beta2` out."""
+        if isinstance(values, Mapping) and values.get("optim") == "lion_8bit":
+            return {"adam_beta2": 0.99, **values}
+        return values
 
 
 class DistributedSection(Section):

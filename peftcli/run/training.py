@@ -213,7 +213,7 @@ def _checkpoint_for_all(
     wanted: Recipe, folder: Path, options: TrainOptions, group: Processes, reporter: Reporter
 ) -> Path | None:
     """Returns the checkpoint that every process resumes from, as the first has found it; None for a new run."""
-    found = _resume_from(wanted, folder, reporter) if options.resume and group.is_first else None
+    found = _resume_from(wanted, folder, group.count, reporter) if options.resume and group.is_first else None
     step = group.of_first(-1 if found is None else int(found.name.rpartition("-")[2]))
     checkpoint = state.folder_of(folder, step)
     if step >= 0 and not checkpoint.is_dir():
@@ -224,7 +224,7 @@ def _checkpoint_for_all(
     return checkpoint if step >= 0 else None
 
 
-def _resume_from(wanted: Recipe, folder: Path, reporter: Reporter) -> Path | None:
+def _resume_from(wanted: Recipe, folder: Path, num_processes: int, reporter: Reporter) -> Path | None:
     """Returns the checkpoint to resume from; None where the run was stopped before it saved one.
 
     Raises:
@@ -247,8 +247,28 @@ def _resume_from(wanted: Recipe, folder: Path, reporter: Reporter) -> Path | Non
     checkpoint, remarks = state.newest_checkpoint(folder)
     for remark in remarks:
         reporter.note(remark)
+    if checkpoint is not None:
+        _require_same_steps(checkpoint, wanted.training, num_processes)
     reporter.note(f"resuming from {checkpoint.name}" if checkpoint else "no checkpoint yet: starting from step 0")
     return checkpoint
+
+
+def _require_same_steps(checkpoint: Path, settings: TrainingSection, num_processes: int) -> None:
+    """Raises a RecipeError where a step would not take as many samples as those before `checkpoint` did."""
+    before = state.read_progress(checkpoint).samples_per_step
+    round_size = settings.per_device_train_batch_size * num_processes
+    now = round_size * settings.gradient_accumulation_steps
+    if before == now:
+        return
+    rounds, rest = divmod(before, round_size)
+    new_run = "or start a new run with output_dir=DIR"
+    raise RecipeError(
+        f"a step of this run took {before} samples; of {num_processes} processes it would take {now}, and the "
+        "remaining steps would be others",
+        hint=f"set training.gradient_accumulation_steps to {rounds}, {new_run}"
+        if rounds and not rest
+        else f"choose processes, batch size and accumulation whose product is {before}, {new_run}",
+    )
 
 
 def _note_fresh(fresh: list[str], reporter: Reporter) -> None:

@@ -22,7 +22,7 @@ from peftcli import inject, sharding
 from peftcli.checkpoint import state
 from peftcli.checkpoint.adapter import trained_beside
 from peftcli.checkpoint.state import Progress
-from peftcli.errors import DataError, Interrupted, NumericalError, RecipeError
+from peftcli.errors import DataError, Interrupted, NumericalError
 from peftcli.training import checks, logs, loss, optimizers, schedule
 from peftcli.training.meter import Meter
 from peftcli.training.signals import StopRequest
@@ -108,6 +108,8 @@ class Trainer:
             task.head_learning_rate,
             trained_beside(task.model, task.origin),
         )
+        for fact in optimizers.optimizer_facts(task.settings.optim, self.parameters.values()):
+            task.reporter.note(fact)
         self.progress = Progress(data=task.batcher.dataset.fingerprint, samples_per_step=task.plan.samples_per_step)
         self.is_spread = any(sharding.is_spread(parameter) for parameter in self.parameters.values())
         self.total = schedule.total_steps(task.settings, task.plan.steps_per_epoch)
@@ -122,10 +124,8 @@ class Trainer:
 
         Raises:
             DataError: The training samples are not those of the run.
-            RecipeError: A step would take another number of samples than before.
         """
         found = state.load_checkpoint(folder, self.task.model, self.optimizer)
-        self._require_same_steps(found)
         if found.data != self.progress.data:
             raise DataError(
                 f"data.train: it has changed since {self.task.run} was started with it",
@@ -138,20 +138,6 @@ class Trainer:
             else:
                 self.last_log = metrics
 
-    def _require_same_steps(self, found: Progress) -> None:
-        """Raises a RecipeError where a step of this run does not take as many samples as those of `found` did."""
-        plan = self.task.plan
-        if found.samples_per_step == plan.samples_per_step:
-            return
-        rounds, rest = divmod(found.samples_per_step, plan.batch_size * plan.world_size)
-        raise RecipeError(
-            f"a step of this run took {found.samples_per_step} samples, and with {plan.world_size} processes it would "
-            f"take {plan.samples_per_step}: the remaining steps would be others",
-            hint=f"set training.gradient_accumulation_steps to {rounds}"
-            if rounds and not rest
-            else "choose processes, batch size and accumulation whose product is the same",
-        )
-
     def run(self) -> Result:
         """Trains to the end.
 
@@ -160,7 +146,8 @@ class Trainer:
             Interrupted: A signal asked for an end; the run is saved and can be resumed.
         """
         task, started = self.task, time.monotonic()
-        # Only the optimizer: Accelerate would replace the model's forward, and put DDP around it.
+        # Only the optimizer: Accelerate would replace the model's forward, and put DDP around it. And nothing placed: it
+        # would load the optimizer's state once more, which copies all of bitsandbytes' and takes it out of its pages.
         self.prepared = self.accelerator.prepare_optimizer(self.optimizer, device_placement=False)
         if self.accelerator.scaler is not None and self.progress.loss_scale:
             self.accelerator.scaler.load_state_dict(self.progress.loss_scale)

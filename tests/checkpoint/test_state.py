@@ -1,6 +1,7 @@
 """Checkpoints: all that a resumed run needs comes back bit for bit, and a damaged one is never resumed from."""
 
 import json
+import re
 import shutil
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ from peftcli.checkpoint import state
 from peftcli.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE
 from peftcli.checkpoint.state import OPTIMIZER_FILE, STATE_FILE, Progress
 from peftcli.errors import ModelError
+from peftcli.recipe import TrainingSection
+from peftcli.training.optimizers import make_optimizer
 from tests.methods.building import adapt, origin_of, trainable
 
 PROGRESS = Progress(2, 1234, 0.1 + 0.2, 1, 3, {"scale": 65536.0, "growth_tracker": 7})
@@ -123,6 +126,111 @@ def test_an_optimizer_of_another_model_is_refused(make_run):
     tensors = {f"model.norm.weight|{key}": torch.zeros(1) for key in ("exp_avg", "step")}
     with pytest.raises(ModelError, match=r"model\.norm\.weight is not a parameter that trains"):
         state.load_optimizer_tensors(other.model, other.optimizer, tensors, "here")
+
+
+@pytest.mark.parametrize("entry", ["exp_avg", "exp_avg_sq", "step", None])
+def test_a_parameter_whose_state_is_missing_is_not_started_anew(entry, saved, make_run):
+    _, folder = saved
+    stored = state.load_file(folder / OPTIMIZER_FILE)
+    name = next(iter(stored)).partition("|")[0]
+    kept = {key: tensor for key, tensor in stored.items() if key.partition("|")[0] != name}
+    if entry is not None:
+        kept = {key: tensor for key, tensor in stored.items() if key != f"{name}|{entry}"}
+    assert len(stored) - len(kept) == (3 if entry is None else 1)
+    again = make_run()
+    with pytest.raises(ModelError, match=rf"^here: {re.escape(name)}: the optimizer's {entry or ''}\w* is missing"):
+        state.load_optimizer_tensors(again.model, again.optimizer, kept, "here")
+
+
+BNB_32, BNB_8 = {"step", "state1", "state2"}, {"step", "state1", "state2", "qmap1", "qmap2", "absmax1", "absmax2"}
+ENTRIES = {
+    "adamw": {"exp_avg", "exp_avg_sq", "step"},
+    "adamw_8bit": BNB_32 | BNB_8,
+    "paged_adamw_32bit": BNB_32,
+    "paged_adamw_8bit": BNB_32 | BNB_8,
+    "lion_8bit": {"step", "state1", "qmap1", "absmax1"},
+    "adafactor": {"step", "row_var", "col_var", "variance"},
+    "sgd": set(),
+}
+
+
+@pytest.mark.parametrize("optim", ENTRIES)
+def test_all_that_an_optimizer_keeps_comes_back_and_none_may_be_missing(optim, make_model, tmp_path):
+    """Matrices of more than 4,096 numbers, fewer, and vectors: what is kept of each is not the same."""
+
+    def fresh():
+        model = make_model(hidden_size=96)
+        adapt(model, "dora", ["q_proj", "k_proj"], r=48)
+        return model, make_optimizer(model, TrainingSection(optim=optim), 0.01, 0.01)
+
+    model, optimizer = fresh()
+    assert {parameter.numel() >= 4096 for parameter in trainable(model).values()} == {True, False}
+    for _ in range(2):
+        for parameter in trainable(model).values():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+    kept = state.optimizer_tensors(model, optimizer)
+    files.write_safetensors(tmp_path / "file", kept)
+    stored = state.load_file(tmp_path / "file")
+    assert {key.partition("|")[2] for key in stored} == ENTRIES[optim]
+
+    other, again = fresh()
+    state.load_optimizer_tensors(other, again, stored, "here")
+    assert same(state.optimizer_tensors(other, again), kept)
+    ours, theirs = (list(one.state.values()) for one in (again, optimizer))
+    assert [{key: type(value) for key, value in one.items()} for one in ours] == [
+        {key: type(value) for key, value in one.items()} for one in theirs
+    ]
+    for entry in ENTRIES[optim]:
+        key = next(key for key in stored if key.endswith(f"|{entry}"))
+        left = {name: tensor for name, tensor in stored.items() if name != key}
+        with pytest.raises(ModelError, match=re.escape(key.replace("|", ": the optimizer's ")) + " is missing"):
+            state.load_optimizer_tensors(*fresh(), left, "here")
+
+
+CHANGES = {
+    "another entry": (
+        lambda tensors, key: tensors | {f"{key}_2": torch.zeros(1)},
+        "exp_avg_2 is not what this optimizer keeps",
+    ),
+    "another shape": (lambda tensors, key: tensors | {key: tensors[key].flatten()}, r"exp_avg is torch.float32 \["),
+    "another dtype": (lambda tensors, key: tensors | {key: tensors[key].to(torch.uint8)}, r"exp_avg is torch.uint8 \["),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), CHANGES.values(), ids=CHANGES)
+def test_state_of_another_kind_is_refused(change, message, saved, make_run):
+    _, folder = saved
+    stored = state.load_file(folder / OPTIMIZER_FILE)
+    key = next(key for key in stored if key.endswith("|exp_avg"))
+    again = make_run()
+    with pytest.raises(ModelError, match=message):
+        state.load_optimizer_tensors(again.model, again.optimizer, change(stored, key), "here")
+
+
+def test_what_a_method_keeps_may_not_be_missing(tmp_path, make_model):
+    model = make_model()
+    adapt(model, "adalora", ["q_proj"])
+    optimizer = torch.optim.SGD(trainable(model).values(), lr=0.1)
+    stored = state.optimizer_tensors(model, optimizer)
+    name = next(key for key in stored if key.endswith("|state"))
+    state.load_optimizer_tensors(model, optimizer, stored, "here")
+    with pytest.raises(ModelError, match=rf"^here: {re.escape(name.removesuffix('|state'))} is missing"):
+        state.load_optimizer_tensors(
+            model, optimizer, {key: tensor for key, tensor in stored.items() if key != name}, "here"
+        )
+
+
+def test_an_optimizer_that_did_no_step_yet(make_run):
+    """A loss scale that starts too high skips the first steps, and a checkpoint may come before one that counts."""
+    run = make_run()
+    folder = run.save()
+    assert PROGRESS.loss_scale
+    again = make_run()
+    assert again.load(folder) == PROGRESS
+    assert not again.optimizer.state
+    with pytest.raises(ModelError, match="the optimizer's exp_avg is missing"):
+        make_run().load(run.save(3, Progress(3)))
 
 
 # ---- damage ----

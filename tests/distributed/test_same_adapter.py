@@ -132,8 +132,8 @@ class TestCheckpointsOfAnyNumber:
         runs.together(together)
         return runs
 
-    @pytest.mark.parametrize("goes_on", ("one", *STRATEGIES))
-    @pytest.mark.parametrize("made", ("one", *STRATEGIES))
+    @pytest.mark.parametrize("goes_on", ["one", *STRATEGIES])
+    @pytest.mark.parametrize("made", ["one", *STRATEGIES])
     @pytest.mark.parametrize("name", ["lora", "full"])
     def test_they_end_alike(self, name, made, goes_on, resumed):
         through = resumed.adapter(f"{name}-fp32-sgd-one")

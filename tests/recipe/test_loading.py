@@ -5,11 +5,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from peftcli.errors import RecipeError
-from peftcli.recipe import Source, dump, load, method_names
+from peftcli.recipe import Source, TrainingSection, dump, load, method_names
 from peftcli.recipe.shorthands import SHORTHANDS
 
 from .conftest import GOOD, lines
@@ -140,7 +141,9 @@ training:
         ("  mixed_precision: false", "write no"),
         ("  mixed_precision: bfloat16", "write bf16"),
         ("  optim: adamw_torch", "write adamw"),
-        ("  optim: paged_adamw_8bit", "only adamw and sgd are in this version"),
+        ("  optim: adamw_bnb_8bit", "write adamw_8bit"),
+        ("  optim: paged_adamw", "write paged_adamw_32bit"),
+        ("  optim: lion", "write lion_8bit"),
         ("model:\n  name: a\n  dtype: bf16", "write bfloat16"),
         ("model:\n  name: 7", 'put it in quotes if it is meant as text: "7"'),
         ("data: {train: a, format: sharegpt}", "write messages"),
@@ -271,6 +274,14 @@ def test_method_names_are_those_of_the_package():
     assert {"lora", "dora"} <= set(method_names())
 
 
+_BETAS = {"adam_beta1": 0.8, "adam_beta2": 0.99}
+NOT_READ = {
+    "sgd": {**_BETAS, "adam_epsilon": 1e-6},
+    "adafactor": {**_BETAS, "adam_epsilon": 1e-6},
+    "lion_8bit": {"adam_epsilon": 1e-6},
+}
+
+
 @pytest.mark.parametrize(
     ("add", "message", "where"),
     [
@@ -279,7 +290,15 @@ def test_method_names_are_those_of_the_package():
         ("  load_best_at_end: true\n", "training.load_best_at_end needs evaluation data", 10),
         ("  early_stopping_patience: 2\n", "training.early_stopping_patience needs evaluation data", 10),
         ("  eval_steps: 2\n", "training.eval_steps needs evaluation data", 10),
-        ("  optim: sgd\n  adam_beta1: 0.8\n", "training.adam_beta1 does nothing without training.optim: adamw", 11),
+        *(
+            (
+                f"  optim: {optim}\n  {field}: {value}\n",
+                f"training.{field} does nothing with training.optim: {optim}",
+                11,
+            )
+            for optim, fields in NOT_READ.items()
+            for field, value in fields.items()
+        ),
         (
             "evaluation:\n  generate:\n    top_p: 0.9\n",
             "evaluation.generate.top_p does nothing without evaluation.generate.do_sample: true",
@@ -306,8 +325,41 @@ def test_rules_that_are_kept(folder, evaluation):
     text += (
         "  load_best_at_end: true\n  early_stopping_patience: 2\n  max_steps: 3\n  warmup_steps: 0\n  eval_steps: 1\n"
     )
-    text += "  optim: sgd\n  adam_beta1: 0.9\nevaluation: {generate: {do_sample: true, top_p: 0.9}}\n"
+    text += (
+        "  optim: sgd\n  adam_beta1: 0.9\n  adam_beta2: 0.999\nevaluation: {generate: {do_sample: true, top_p: 0.9}}\n"
+    )
     assert folder.load(text).recipe.training.max_steps == 3
+
+
+OPTIMIZERS = get_args(TrainingSection.model_fields["optim"].annotation)
+
+
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+def test_what_an_optimizer_reads_may_be_set(folder, optim):
+    fields = {**_BETAS, "adam_epsilon": 1e-6, "weight_decay": 0.1, "max_grad_norm": 0.5}
+    for field in NOT_READ.get(optim, {}):
+        fields.pop(field)
+    text = GOOD + f"  optim: {optim}\n" + "".join(f"  {field}: {value}\n" for field, value in fields.items())
+    training = folder.load(text).recipe.training
+    assert {field: getattr(training, field) for field in fields} == fields
+
+
+def test_an_optimizer_that_is_none_is_one_problem(folder):
+    (problem,) = folder.problems(GOOD + "  optim: lyon_8bit\n  adam_epsilon: 1.0e-6\n  adam_beta1: 0.8\n")
+    assert (problem.where, problem.hint) == ("r.yaml:10", 'did you mean "lion_8bit"?')
+
+
+@pytest.mark.parametrize(
+    ("optim", "beta2"), [*((optim, 0.99 if optim == "lion_8bit" else 0.999) for optim in OPTIMIZERS), (None, 0.999)]
+)
+def test_beta2_left_out_is_the_optimizers_own(folder, optim, beta2):
+    text = GOOD + (f"  optim: {optim}\n" if optim else "")
+    loaded = folder.load(text).recipe
+    assert (loaded.training.adam_beta1, loaded.training.adam_beta2) == (0.9, beta2)
+    written = folder.load(dump(loaded)).recipe.training
+    assert written.adam_beta2 == beta2
+    if beta2 == 0.99:
+        assert folder.load(text + "  adam_beta2: 0.999\n").recipe.training.adam_beta2 == 0.999
 
 
 def test_rules_are_checked_even_where_values_are_wrong(folder):

@@ -6,12 +6,15 @@ import signal
 import subprocess
 import sys
 from contextlib import contextmanager
+from typing import get_args
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from peftcli.errors import EXIT_INTERRUPTED_TWICE, DataError, Interrupted, ModelError, RecipeError
-from tests.conftest import Recorder, write_jsonl
+from peftcli.recipe import TrainingSection
+from tests.conftest import Recorder, tiny_llama_config, write_jsonl
 
 STEPS = 7
 TRAINING = {
@@ -107,6 +110,38 @@ def test_interrupted_and_resumed_to_the_bit(stopping_recipe, train, whole, tmp_p
     uninterrupted = json.loads((expected / "manifest.json").read_text())
     assert facts["result"]["supervised_tokens"] == uninterrupted["result"]["supervised_tokens"]
     assert facts["result"]["eval"] == uninterrupted["result"]["eval"]
+
+
+@pytest.fixture(scope="module")
+def wide_model(tmp_path_factory, word_tokenizer):
+    """A base for adapters with matrices of more than 4,096 numbers beside smaller ones."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("wide-llama")
+    AutoModelForCausalLM.from_config(tiny_llama_config(hidden_size=96)).save_pretrained(folder)
+    word_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("optim", get_args(TrainingSection.model_fields["optim"].annotation))
+def test_with_every_optimizer(optim, wide_model, recipe_file, train, tmp_path):
+    """What is kept of a matrix that is held in 8 bits, of a smaller one and of DoRA's vectors, comes back as it was."""
+    path = recipe_file(
+        model={"name": str(wide_model)},
+        method={"type": "dora", "r": 48, "dropout": 0.2},
+        training={**TRAINING, "optim": optim, "weight_decay": 0.1},
+    )
+    train(path, "output_dir=whole")
+    interrupt(train, path, at=3)
+    stored = load_file(tmp_path / "run" / "checkpoint-3" / "optimizer.safetensors")
+    moments = {tensor.dtype for key, tensor in stored.items() if key.endswith("|state1")}
+    assert moments == ({torch.uint8, torch.float32} if "8bit" in optim else {torch.float32} if "32" in optim else set())
+    recorder = Recorder()
+    train(path, resume=True, reporter=recorder)
+    assert recorder.first_step == 3
+    assert_same(tmp_path / "run", tmp_path / "whole", log=False)
+    file = "adapter_model.safetensors"
+    assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
 def test_interrupted_again_and_again(stopping_recipe, train, whole, tmp_path):
@@ -222,7 +257,10 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(stopping_recipe, train, t
         (["training.max_steps=9"], ["training.max_steps was 7, is 9"]),
         (["data.max_length=32"], ["data.max_length was 64, is 32"]),
         (["data.train=eval.jsonl"], ["data.train was "]),
-        (["training.gradient_accumulation_steps=1"], ["a step of this run took ", "set training.gradient_acc"]),
+        (
+            ["training.gradient_accumulation_steps=1"],
+            ["a step of this run took ", "set training.gradient_accumulation_steps to 2"],
+        ),
         (["method.type=dora"], ["method.type was lora, is dora"]),
         (["training.early_stopping_patience=1"], ["training.early_stopping_patience was None, is 1"]),
     ],
