@@ -95,7 +95,7 @@ def save_checkpoint(
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
     """Puts the checkpoint in `folder`, which `newest_checkpoint` found whole, into `model` and `optimizer`."""
     weights, moments = folder / adapter_files.WEIGHTS_FILE, folder / OPTIMIZER_FILE
-    progress = Progress(**_read_state(folder)["progress"])
+    progress = read_progress(folder)
     adapter_files.load_tensors(model, load_file(weights), str(weights))
     # Too large a loss scale skips steps: at such a start the optimizer has done none yet.
     load_optimizer_tensors(model, optimizer, load_file(moments), str(moments), may_be_new=bool(progress.loss_scale))
@@ -123,6 +123,11 @@ def newest_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
         path.rename(aside)
         remarks.append(f"{path.name} is damaged ({damage}) and was set aside as {aside.name}")
     return None, remarks
+
+
+def read_progress(folder: Path) -> Progress:
+    """Returns where the run was when it saved the checkpoint in `folder`, which `newest_checkpoint` found whole."""
+    return Progress(**_read_state(folder)["progress"])
 
 
 def _read_state(folder: Path) -> dict[str, Any]:

@@ -146,8 +146,8 @@ class Trainer:
             Interrupted: A signal asked for an end; the run is saved and can be resumed.
         """
         task, started = self.task, time.monotonic()
-        # Only the optimizer: Accelerate would replace the model's forward, and put DDP around it. And nothing placed: it
-        # would load the optimizer's state once more, which copies all of bitsandbytes' and takes it out of its pages.
+        # Only the optimizer: Accelerate would replace the model's forward, and put DDP around it. And nothing placed,
+        # for which it would load the optimizer's state again: it copies bitsandbytes' and takes it out of its pages.
         self.prepared = self.accelerator.prepare_optimizer(self.optimizer, device_placement=False)
         if self.accelerator.scaler is not None and self.progress.loss_scale:
             self.accelerator.scaler.load_state_dict(self.progress.loss_scale)
