@@ -116,14 +116,14 @@ def start(launch: Launch, arguments: Sequence[str]) -> int:
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it reports what is reported here
+    _quiet_launcher()
     if launch.threads is not None:
         os.environ.setdefault("OMP_NUM_THREADS", str(launch.threads))
     with tempfile.TemporaryDirectory(prefix="peftcli-launch-") as folder:
         try:
             _run(launch, arguments, folder)
         except ChildFailedError as error:
-            return _exit_code(Path(folder), error)
+            return _exit_code(Path(folder), error, launch.machines)
         except Exception as error:
             stopped = getattr(error, "sigval", None)  # torch's SignalException, which has no public name
             if stopped is None:
@@ -158,7 +158,16 @@ def _run(launch: Launch, arguments: Sequence[str], folder: str) -> None:
     elastic_launch(config, sys.executable)("-m", "peftcli", *arguments)
 
 
-def _exit_code(folder: Path, error: Any) -> int:
+def _quiet_launcher() -> None:
+    """Silences what torch's launcher says of signals and failures, which is said here in the user's terms."""
+    import torch.distributed.launcher.api  # noqa: F401 - each of its parts makes a logger with a level of its own
+
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def _exit_code(folder: Path, error: Any, machines: int) -> int:
     """Returns the exit code of the first process that failed of itself and said why.
 
     Raises:
@@ -177,8 +186,9 @@ def _exit_code(folder: Path, error: Any) -> int:
             else "the last checkpoint is intact: go on from it with --resume",
         )
     raise HostError(
-        "a process on another machine has ended, and those on this one with it",
-        hint="see the output of the other machines; the last checkpoint is intact: --resume",
+        "a process of the run ended before its work was done and said nothing; the others were ended",
+        hint="the last checkpoint is intact: go on from it with --resume"
+        + ("; the other machines may say more" if machines > 1 else ""),
     )
 
 

@@ -32,6 +32,8 @@ class StopRequest:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _remember(self, number: int, _: FrameType | None) -> None:
-        if self.signal_name is not None and number == signal.SIGINT:
+        name = signal.Signals(number).name
+        # A launcher passes the second Ctrl-C on as SIGTERM. Two signals of a scheduler's are one request.
+        if self.signal_name is not None and signal.SIGINT.name in (name, self.signal_name):
             os._exit(EXIT_INTERRUPTED_TWICE)
-        self.signal_name = signal.Signals(number).name
+        self.signal_name = self.signal_name or name
