@@ -280,6 +280,19 @@ def test_method_names_are_those_of_the_package():
         ("  early_stopping_patience: 2\n", "training.early_stopping_patience needs evaluation data", 10),
         ("  eval_steps: 2\n", "training.eval_steps needs evaluation data", 10),
         ("  optim: sgd\n  adam_beta1: 0.8\n", "training.adam_beta1 does nothing without training.optim: adamw", 11),
+        *(
+            (
+                f"quantization:\n  type: int8\n  {key}: {value}\n",
+                f"quantization.{key} does nothing without quantization.type: nf4 or fp4",
+                12,
+            )
+            for key, value in (("double_quant", "false"), ("compute_dtype", "float32"), ("storage_dtype", "float32"))
+        ),
+        (
+            "quantization:\n  outlier_threshold: 5.0\n",
+            "quantization.outlier_threshold does nothing without quantization.type: int8",
+            11,
+        ),
         (
             "evaluation:\n  generate:\n    top_p: 0.9\n",
             "evaluation.generate.top_p does nothing without evaluation.generate.do_sample: true",
