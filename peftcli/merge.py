@@ -6,10 +6,10 @@ same name in the same shard, so the result is the folder that transformers would
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from peftcli import files, models
 from peftcli.checkpoint.adapter import BASE_PREFIX, SHARED_PREFIX, Adapter, require_fit
 from peftcli.errors import ModelError
 from peftcli.methods._protocol import Method, Shared, Site
+from peftcli.quantization import unrounded_inputs
 from peftcli.targets import output_head
 
 if TYPE_CHECKING:
@@ -204,7 +205,7 @@ def _read(path: Path) -> Iterator[tuple[str, Tensor]]:
             yield key, file.get_tensor(key)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, "pt") as file:
@@ -310,14 +311,18 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 
 @torch.no_grad()
-def logits_of(model: nn.Module, inputs: list[dict[str, Tensor]], device: torch.device) -> list[Tensor]:
+def logits_of(
+    model: nn.Module, inputs: list[dict[str, Tensor]], device: torch.device, *, rounded: bool = False
+) -> list[Tensor]:
     """Returns the logits of each of `inputs`, the forward's arguments for one sample, in float32 on the CPU.
 
-    They are [L, V] of a text's tokens, and [1, K] of a whole sample's labels.
+    They are [L, V] of a text's tokens, and [1, K] of a whole sample's labels. Layers in int8 do not round their inputs
+    for it unless `rounded` asks for the model as it runs: it is weights that are compared.
     """
     model.eval()
-    outputs = (model(**{name: one.to(device) for name, one in given.items()}).logits[0] for given in inputs)
-    return [logits.reshape(-1, logits.shape[-1]).float().cpu() for logits in outputs]
+    with contextlib.nullcontext() if rounded else unrounded_inputs(model):
+        outputs = (model(**{name: one.to(device) for name, one in given.items()}).logits[0] for given in inputs)
+        return [logits.reshape(-1, logits.shape[-1]).float().cpu() for logits in outputs]
 
 
 def compare(expected: list[Tensor], found: list[Tensor]) -> Agreement:

@@ -114,7 +114,7 @@ def train(
         joins = _may_join(loaded.recipe, model, method.obstacle(config, "flat"), reporter)
         inject.graft(model, method, config, settings.seed, trained=fresh)
         inject.widen_trained(model)
-        quantization.require_exact_biases(model)
+        quantization.require_exact_biases(model, precision)
         _note_fresh(fresh, reporter)
         _note_sizes(model, precision, reporter)
         job = Job(loaded.recipe, folder, base, model, method, config, prepared, joins)
