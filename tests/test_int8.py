@@ -11,7 +11,18 @@ from torch.nn import functional as F
 from peftcli import inject, manifest, methods, quantization, sites, targets
 from peftcli.errors import ModelError
 from peftcli.recipe import QuantizationSection
-from tests.methods.building import IN, OUT, adapt, assert_close, logits, loss_of, token_ids, trainable
+from tests.methods.building import (
+    IN,
+    OUT,
+    adapt,
+    assert_close,
+    int8_product,
+    logits,
+    loss_of,
+    rounded_rows,
+    token_ids,
+    trainable,
+)
 from tests.tolerances import INT8_CONSTANT, INT8_INPUTS, PACKED
 
 INT8 = QuantizationSection(type="int8")
@@ -22,24 +33,6 @@ def layer_of(linear, threshold=6.0):
     model = nn.Sequential(linear)
     quantization.quantize(model, QuantizationSection(type="int8", outlier_threshold=threshold))
     return model[0]
-
-
-def rounded_rows(x):
-    """Returns each row's integers in -127..127 and its scale, as LLM.int8() rounds in float16."""
-    x = x.half()
-    scales = x.abs().amax(-1, keepdim=True).float()
-    return torch.round(x.float() * (127 / scales)).clamp(-127, 127), scales
-
-
-def int8_product(x, W, b, threshold):
-    """Returns the paper's equation: the product of rounded rows, and of the columns with an outlier as they are."""
-    packed, row_scales = rounded_rows(W)
-    outliers = (x.half().abs() >= threshold).any(0) if threshold else torch.zeros(x.shape[1], dtype=torch.bool)
-    kept = torch.where(x.half().abs() >= threshold, 0, x) if threshold else x
-    inputs, scales = rounded_rows(kept)
-    inputs[:, outliers] = 0
-    exact = x[:, outliers] @ (packed * row_scales / 127)[:, outliers].T
-    return inputs @ packed.T * scales * row_scales.T / 127**2 + exact + b
 
 
 @pytest.fixture

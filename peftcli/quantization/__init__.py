@@ -18,6 +18,14 @@ Gradients flow through deq(W_q) to the inputs and never into W_q: what is packed
 """
 
 from peftcli.quantization.layers import compute_dtype, packable, quantize
+from peftcli.quantization.stored import (
+    adopt,
+    companions_of,
+    is_companion,
+    stored_fields,
+    stored_section,
+    unpack_stored,
+)
 from peftcli.quantization.weights import (
     Packing,
     is_int8,
@@ -31,7 +39,10 @@ from peftcli.quantization.weights import (
 
 __all__ = [
     "Packing",
+    "adopt",
+    "companions_of",
     "compute_dtype",
+    "is_companion",
     "is_int8",
     "is_quantised",
     "num_weights",
@@ -39,6 +50,9 @@ __all__ = [
     "packed_share",
     "quantize",
     "require_exact_biases",
+    "stored_fields",
+    "stored_section",
+    "unpack_stored",
     "unpacked",
     "unrounded_inputs",
 ]

@@ -11,6 +11,7 @@ import torch
 from peftcli import models, quantization, targets
 from peftcli.errors import Problem, RecipeError, did_you_mean
 from peftcli.quantization import Packing
+from peftcli.run.prepacked import check_stored, held
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from peftcli.methods._protocol import Method, MethodConfig
-    from peftcli.recipe import QuantizationSection
+    from peftcli.recipe import ModelSection, QuantizationSection
     from peftcli.reporting import Reporter
     from peftcli.run.opening import Base
 
@@ -27,10 +28,16 @@ if TYPE_CHECKING:
 def check_quantization(
     section: QuantizationSection | None, model: PreTrainedModel, method: type[Method], config: MethodConfig
 ) -> None:
-    """Raises a RecipeError where `model` has nothing to pack or to skip, or the method trains what would be packed."""
-    if section is None:
+    """Raises a RecipeError where the recipe's section does not suit `model`, which may come packed, or the method."""
+    name = str(model.config.name_or_path)
+    check_stored(section, model.config, name)
+    how = held(section, model.config, name)
+    if how is None:
         return
-    paths = packed_paths(model, section)
+    paths = packed_paths(model, how)
+    if section is not None and how is not section:
+        _check_skipped(section, model, paths)
+    section = how
     if not paths:
         raise RecipeError(
             f"quantization: this model has no linear layers to hold in {section.type}; GPT-2's, say, are of another "
@@ -47,7 +54,17 @@ def check_quantization(
         )
 
 
-def packed_paths(model: nn.Module, section: QuantizationSection, dense: Collection[str] = ()) -> list[str]:
+def _check_skipped(section: QuantizationSection, model: PreTrainedModel, packed: list[str]) -> None:
+    """Raises a RecipeError where `section` wants a layer dense that comes packed."""
+    wanted = sorted(_skipped_in(model, section) & set(packed))
+    if wanted:
+        raise RecipeError(
+            f"quantization.skip_modules: {wanted[0]} comes packed with model.name: {model.config.name_or_path}",
+            hint="remove it, or name the model that this one was made from",
+        )
+
+
+def packed_paths(model: PreTrainedModel, section: QuantizationSection, dense: Collection[str] = ()) -> list[str]:
     """Returns the paths of the layers that are packed; works on the meta device.
 
     Args:
@@ -58,16 +75,24 @@ def packed_paths(model: nn.Module, section: QuantizationSection, dense: Collecti
     Raises:
         RecipeError: `skip_modules` names what is no linear layer; all such names are listed.
     """
+    if quantization.stored_fields(model.config):
+        heads = targets.task_heads(model)
+        return [path for path in models.stored_packed(model) if not any(targets.is_under(path, one) for one in heads)]
     return quantization.packable(model, _kept(model, section, dense))
 
 
 def _kept(model: nn.Module, section: QuantizationSection, dense: Collection[str]) -> set[str]:
     """Returns the paths of modules that stay dense."""
+    return _skipped_in(model, section) | targets.always_dense(model, dense)
+
+
+def _skipped_in(model: nn.Module, section: QuantizationSection) -> set[str]:
+    """Returns the paths of the linear layers in the modules that `section` skips."""
     problems: list[Problem] = []
-    skipped = set(_skipped(model, section.skip_modules, problems))
+    found = set(_skipped(model, section.skip_modules, problems))
     if problems:
         raise RecipeError.of(problems)
-    return skipped | targets.always_dense(model, dense)
+    return found
 
 
 def _skipped(model: nn.Module, wanted: str | list[str] | None, problems: list[Problem]) -> Iterator[str]:
@@ -108,6 +133,31 @@ def pack(
     return placed
 
 
+def load_packed(
+    base: Base, wanted: ModelSection, device: torch.device, seed: int, reporter: Reporter | None
+) -> tuple[PreTrainedModel, list[str]]:
+    """Returns a model that comes packed on `device`, and the names of the parameters that start anew.
+
+    Args:
+        base: The model, opened.
+        wanted: Its section, with the dtype of what is not packed.
+        device: Where it goes.
+        seed: Decides the start of what starts anew.
+        reporter: Where the note goes that says so.
+    """
+    section = base.quantization
+    assert section is not None
+    skeleton = models.skeleton(base.config, wanted.task)
+    paths = packed_paths(skeleton, section)
+    dense = set(quantization.packable(skeleton)) - set(paths)
+    model, fresh = models.load_model(wanted, base.source, base.config, device, seed, dense)
+    dtype = models.resolve_dtype(wanted, base.config, device)
+    quantization.adopt(model, section, paths, dtype, device)
+    if reporter is not None:
+        reporter.note(f"{wanted.name} comes packed: {_said(model, len(paths), section, device)}")
+    return model, fresh
+
+
 def _said(model: nn.Module, count: int, section: QuantizationSection, device: torch.device) -> str:
     """Returns what is packed, in a sentence: experts, say, may be no linear layers, and most of the weights."""
     share = f"{100 * quantization.packed_share(model):.0f} % of the base's weights"
@@ -119,7 +169,7 @@ def _said(model: nn.Module, count: int, section: QuantizationSection, device: to
 
 def packing_of(base: Base, model: PreTrainedModel) -> Packing | None:
     """Returns which layers of `model`, which needs no weights, are packed on a CPU; None where the base is dense."""
-    if base.quantization is None:
+    if base.quantization is None or base.comes_packed:
         return None
     dtype = models.resolve_dtype(base.section, base.config, torch.device("cpu"))
     return Packing(base.quantization, tuple(packed_paths(model, base.quantization, base.dense)), dtype)

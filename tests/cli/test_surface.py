@@ -7,7 +7,7 @@ from peftcli.cli.main import app
 COMMANDS = {
     "train": ["recipe", "overrides", "--resume", "--overwrite", "--device", "--json"],
     "eval": ["run", "--adapter", "--model", "--data", "--batch-size", "--device", "--json"],
-    "merge": ["run", "--adapter", "--model", "-o", "--output", "--dtype", "--overwrite", "--json"],
+    "merge": ["run", "--adapter", "--model", "-o", "--output", "--dtype", "--base", "--overwrite", "--json"],
     "export": [
         "run",
         "--to",
