@@ -17,7 +17,7 @@ CPU, bitsandbytes rounds the inputs in evaluation only: in training it computes 
 Gradients flow through deq(W_q) to the inputs and never into W_q: what is packed does not change.
 """
 
-from peftcli.quantization.layers import compute_dtype, packable, quantize
+from peftcli.quantization.layers import bitsandbytes, compute_dtype, packable, quantize
 from peftcli.quantization.stored import (
     adopt,
     companions_of,
@@ -40,6 +40,7 @@ from peftcli.quantization.weights import (
 __all__ = [
     "Packing",
     "adopt",
+    "bitsandbytes",
     "companions_of",
     "compute_dtype",
     "is_companion",

@@ -188,9 +188,9 @@ def _opened(
         skeleton = models.skeleton(base.config, base.section.task)
         packing = packing_of(base, skeleton)
         if base.quantization is not None:
-            count = f"the {len(packing.paths)}" if packing is not None else "all"
+            which = f"the {len(packing.paths)}" if packing is not None else f"{base.section.name} comes packed: the"
             reporter.note(
-                f"{count} linear layers that were held in {base.quantization.type} become the weights "
-                "that these stood for, adapted or not: that is what the adapter was trained on"
+                f"{which} linear layers that were held in {base.quantization.type} become the weights that these "
+                "stood for, adapted or not: that is what the adapter was trained on"
             )
         yield _Work(subject, folder, skeleton, packing, wanted, inputs, reporter), new

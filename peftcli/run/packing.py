@@ -150,6 +150,7 @@ def load_packed(
     skeleton = models.skeleton(base.config, wanted.task)
     paths = packed_paths(skeleton, section)
     dense = set(quantization.packable(skeleton)) - set(paths)
+    quantization.bitsandbytes()  # before transformers imports it, and lets it warn
     model, fresh = models.load_model(wanted, base.source, base.config, device, seed, dense)
     dtype = models.resolve_dtype(wanted, base.config, device)
     quantization.adopt(model, section, paths, dtype, device)

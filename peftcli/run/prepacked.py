@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from peftcli.recipe import QuantizationSection
+    from peftcli.reporting import Reporter
 
 
 def held(section: QuantizationSection | None, config: PretrainedConfig, name: str) -> QuantizationSection | None:
@@ -47,3 +48,10 @@ def check_stored(section: QuantizationSection | None, config: PretrainedConfig, 
     ]
     if problems:
         raise RecipeError.of(problems)
+
+
+def note_stored(config: PretrainedConfig, name: str, reporter: Reporter) -> None:
+    """Says so where a checkpoint comes packed; for commands that do not load it."""
+    stored = quantization.stored_section(config, name)
+    if stored is not None:
+        reporter.note(f"{name} comes packed: its linear layers are held in {stored.type}")

@@ -1,13 +1,17 @@
 """Base models whose files are packed already, from recipe to merged model."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import peftcli
 from peftcli import quantization, recipe
 from peftcli.errors import ModelError, RecipeError
 from peftcli.run import applying, inspecting, planning
@@ -22,6 +26,7 @@ from tests.run.tasks import recipe_of, save_families
 from tests.tolerances import PACKED
 
 CPU = torch.device("cpu")
+ROOT = Path(peftcli.__file__).parents[1]
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -83,8 +88,12 @@ def test_from_recipe_to_merged_model(kind, packed_recipe, packed_folders, train)
     assert f"14 linear layers, 84 % of the base's weights, are held in {kind}" in said
     assert facts["quantization"]["type"] == kind
     assert f"| Base held in | {kind} |" in Path("run/README.md").read_text()
-    assert facts["parameters"].items() <= planning.plan(recipe.load(path), Recorder()).items()
-    assert inspecting.validate(recipe.load(path), Recorder())["adapted_modules"] == 14
+    recorder = Recorder()
+    assert facts["parameters"].items() <= planning.plan(recipe.load(path), recorder).items()
+    assert inspecting.validate(recipe.load(path), recorder)["adapted_modules"] == 14
+    assert [note.endswith(f"comes packed: its linear layers are held in {kind}") for note in recorder.notes] == [
+        True
+    ] * 2
     train(path, resume=True)
 
     subject = open_subject(Path("run"), None, None)
@@ -208,3 +217,14 @@ def test_a_new_head_on_it_is_dense_and_trains(recipe_file, train, tmp_path):
     subject = open_subject(Path("run"), None, None)
     agreement, _ = applying.merge(subject, Path("merged"), "float32", Recorder(), overwrite=False)
     assert agreement.max_difference < 1e-5
+
+
+def test_nothing_is_said_that_is_not_peftclis_own(packed_recipe):
+    """bitsandbytes warns as it is imported, and int8 at each product: seen only where nothing imported it before."""
+    path = packed_recipe("int8", training={"max_steps": 1})
+    command = [sys.executable, "-m", "peftcli", "train", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0
+    assert "comes packed: 14 linear layers" in done.stderr
+    assert "gemm_4bit" not in done.stderr
+    assert "MatMul8bitLt" not in done.stderr
