@@ -79,12 +79,20 @@ def adopt(
     for layer in packed.values():
         del layer.source_cls  # transformers' mark of what was replaced
         _adopt_8_bits(layer, section) if is_int8(layer) else _adopt_4_bits(layer, section, device)
+    _forget_loading(model)
     weights = {id(layer.weight) for layer in packed.values()}
     wide = getattr(model, "_keep_in_fp32_modules", None) or ()
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and id(parameter) not in weights:
             is_kept = any(f".{one}." in f".{name}." for one in wide)
             parameter.data = parameter.data.to(torch.float32 if is_kept else dtype)
+
+
+def _forget_loading(model: nn.Module) -> None:
+    """Removes transformers' marks of how `model` was loaded, by which Accelerate would refuse to train it here."""
+    marks = ("hf_device_map", "hf_quantizer", "quantization_method", "is_quantized")
+    for mark in (*marks, "is_loaded_in_4bit", "is_loaded_in_8bit"):
+        vars(model).pop(mark, None)
 
 
 def _is_whole(layer: Any) -> bool:

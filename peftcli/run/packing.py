@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from peftcli import models, quantization, targets
-from peftcli.errors import Problem, RecipeError, did_you_mean
+from peftcli.errors import ModelError, Problem, RecipeError, did_you_mean
 from peftcli.quantization import Packing
 from peftcli.run.prepacked import check_stored, held
 
@@ -28,38 +28,48 @@ if TYPE_CHECKING:
 def check_quantization(
     section: QuantizationSection | None, model: PreTrainedModel, method: type[Method], config: MethodConfig
 ) -> None:
-    """Raises a RecipeError where the recipe's section does not suit `model`, which may come packed, or the method."""
+    """Raises a RecipeError where the recipe's section does not suit `model`, which may come packed, or the method.
+
+    Raises:
+        RecipeError: As said.
+        ModelError: The model comes packed in a way that is not known here.
+    """
     name = str(model.config.name_or_path)
     check_stored(section, model.config, name)
     how = held(section, model.config, name)
     if how is None:
         return
     paths = packed_paths(model, how)
-    if section is not None and how is not section:
-        _check_skipped(section, model, paths)
-    section = how
-    if not paths:
+    if quantization.stored_fields(model.config):
+        _check_layers(section, model, paths)
+    elif not paths:
         raise RecipeError(
-            f"quantization: this model has no linear layers to hold in {section.type}; GPT-2's, say, are of another "
-            "kind",
+            f"quantization: this model has no linear layers to hold in {how.type}"
+            + (" beside those of skip_modules" if how.skip_modules else "; GPT-2's, say, are of another kind"),
             hint="remove the section, or choose another model",
         )
     trained = [path for path in paths if method.trains(config, f"{path}.weight", model.get_submodule(path))]
     if trained:
-        name = type(config).model_fields["type"].default
+        method_name = type(config).model_fields["type"].default
         raise RecipeError(
-            f"quantization: {name} trains weights, such as {trained[0]}'s, and weights in {section.type} cannot be "
+            f"quantization: {method_name} trains weights, such as {trained[0]}'s, and weights in {how.type} cannot be "
             "trained: a step is far smaller than the distance between two of their values",
-            hint="remove the section, or set method.type to lora, which trains beside them",
+            hint="train a base that is not quantised, or set method.type to lora, which trains beside its weights",
         )
 
 
-def _check_skipped(section: QuantizationSection, model: PreTrainedModel, packed: list[str]) -> None:
-    """Raises a RecipeError where `section` wants a layer dense that comes packed."""
-    wanted = sorted(_skipped_in(model, section) & set(packed))
+def _check_layers(section: QuantizationSection | None, model: PreTrainedModel, packed: list[str]) -> None:
+    """Raises a PeftcliError where a model comes packed without linear layers, or with one that is to be skipped."""
+    name = model.config.name_or_path
+    if not packed:
+        raise ModelError(
+            f"model.name: {name} comes packed, but not its linear layers; GPT-2's, say, are of another kind",
+            hint="name the model that it was made from",
+        )
+    wanted = sorted(_skipped_in(model, section) & set(packed)) if section is not None else []
     if wanted:
         raise RecipeError(
-            f"quantization.skip_modules: {wanted[0]} comes packed with model.name: {model.config.name_or_path}",
+            f"quantization.skip_modules: {wanted[0]} comes packed with model.name: {name}",
             hint="remove it, or name the model that this one was made from",
         )
 

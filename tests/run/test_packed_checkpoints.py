@@ -72,6 +72,8 @@ def test_it_is_loaded_as_it_was_saved_and_behaves_as_what_is_packed_here(kind, p
         with quantization.unrounded_inputs(layer):
             expected = torch.nn.functional.linear(x, quantization.unpacked(layer), layer.bias)
             assert_close(layer(x), expected, PACKED)
+    assert not {"hf_device_map", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method"} & set(vars(model))
+    assert not getattr(model, "is_quantized", False)
     others = [p for name, p in model.named_parameters() if name.removesuffix(".weight") not in layers]
     assert {parameter.dtype for parameter in others} == {torch.float32}
     own = loaded(model_folder, type=kind, double_quant=kind == "nf4") if kind != "int8" else None
@@ -91,9 +93,8 @@ def test_from_recipe_to_merged_model(kind, packed_recipe, packed_folders, train)
     recorder = Recorder()
     assert facts["parameters"].items() <= planning.plan(recipe.load(path), recorder).items()
     assert inspecting.validate(recipe.load(path), recorder)["adapted_modules"] == 14
-    assert [note.endswith(f"comes packed: its linear layers are held in {kind}") for note in recorder.notes] == [
-        True
-    ] * 2
+    assert len(recorder.notes) == 2
+    assert all(note.endswith(f"comes packed: its linear layers are held in {kind}") for note in recorder.notes)
     train(path, resume=True)
 
     subject = open_subject(Path("run"), None, None)
@@ -223,8 +224,18 @@ def test_nothing_is_said_that_is_not_peftclis_own(packed_recipe):
     """bitsandbytes warns as it is imported, and int8 at each product: seen only where nothing imported it before."""
     path = packed_recipe("int8", training={"max_steps": 1})
     command = [sys.executable, "-m", "peftcli", "train", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     assert "comes packed: 14 linear layers" in done.stderr
     assert "gemm_4bit" not in done.stderr
     assert "MatMul8bitLt" not in done.stderr
+
+
+def test_gpt2s_layers_come_packed_but_are_no_linear_layers(make_model, word_tokenizer, tmp_path, recipe_file):
+    make_model("gpt2").save_pretrained(tmp_path / "gpt2")
+    word_tokenizer.save_pretrained(tmp_path / "gpt2")
+    folder = save_packed("nf4", tmp_path / "gpt2", tmp_path / "packed")
+    with pytest.raises(ModelError, match="comes packed, but not its linear layers"):
+        planning.plan(recipe.load(recipe_file(model={"name": str(folder)})), Recorder())
+    with pytest.raises(ModelError, match=r"disagree on whether .* is packed"):
+        loaded(folder)

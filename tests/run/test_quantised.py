@@ -243,6 +243,12 @@ def test_a_skipped_layer_that_is_not_there_is_an_error_with_its_line(command, re
     assert caught.value.problems[0].where.endswith(f":{line}")
 
 
+def test_a_section_that_skips_everything_is_an_error(recipe_file):
+    path = recipe_file(quantization={"type": "nf4", "skip_modules": "layers"})
+    with pytest.raises(RecipeError, match="no linear layers to hold in nf4 beside those of skip_modules"):
+        planning.plan(recipe.load(path), Recorder())
+
+
 class TestBothBases:
     @pytest.fixture
     def subject(self, recipe_file, train):
