@@ -88,13 +88,19 @@ def always_dense(model: nn.Module, trained: Iterable[str] = ()) -> set[str]:
 
 
 def routers(model: nn.Module) -> set[str]:
-    """Returns the paths of the linear layers that send tokens to experts, which stand beside them in one module."""
-    blocks = {name.rpartition(".")[0] for name, _ in model.named_modules() if name.rpartition(".")[2] == "experts"}
+    """Returns the paths of the linear layers that send tokens to experts.
+
+    They are in a module called `router`, or are gates beside the experts.
+    """
+    blocks = {name.removesuffix("experts") for name, _ in model.named_modules() if f".{name}".endswith(".experts")}
     return {
-        f"{block}.{name}" if block else name
-        for block in blocks
-        for name, module in model.get_submodule(block).named_modules()
-        if type(module) is nn.Linear and re.fullmatch(r"(\w+_)?(gate|router)(\..+)?", name)
+        name
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear
+        and (
+            "router" in name.split(".")
+            or any(re.fullmatch(rf"{re.escape(block)}(\w+_)?gate(\..+)?", name) for block in blocks)
+        )
     }
 
 

@@ -292,8 +292,9 @@ def tiny_experts(family):
         (tiny_switch, "seq2seq-lm", {"classifier"}),
         (lambda: tiny_experts("qwen2_moe"), "causal-lm", {"shared_expert_gate"}),
         (lambda: tiny_experts("mixtral"), "causal-lm", set()),  # its router is no linear layer
+        (lambda: tiny_experts("jetmoe"), "causal-lm", {"layer"}),  # no `experts` beside it
     ],
-    ids=["switch", "qwen2_moe", "mixtral"],
+    ids=["switch", "qwen2_moe", "mixtral", "jetmoe"],
 )
 def test_routers_stay_dense(make, task, routers):
     model = models.skeleton(make(), task)

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from peftcli.errors import ModelError
@@ -38,13 +39,24 @@ def stored_section(config: Any, name: str) -> QuantizationSection | None:
     fields = stored_fields(config)
     if not fields:
         return None
-    in_8_bits, in_4_bits = (bool(fields.get(f"load_in_{bits}bit")) for bits in (8, 4))
     method = fields.get("quant_method", "bitsandbytes")
-    if method != "bitsandbytes" or in_8_bits == in_4_bits or fields.get("llm_int8_has_fp16_weight"):
+    try:
+        section = _section_of(fields) if method == "bitsandbytes" else None
+    except ValidationError:
+        section = None
+    if section is None:
         raise ModelError(
             f"model.name: {name} comes quantised by {method}, in a form that is not trained on here",
             hint="name the model that it was made from, and hold that in 4 bits with quantization: {type: nf4}",
         )
+    return section
+
+
+def _section_of(fields: Mapping[str, Any]) -> QuantizationSection | None:
+    """Returns what the fields of transformers' BitsAndBytesConfig say; None where it is not what layers here can be."""
+    in_8_bits, in_4_bits = (bool(fields.get(f"load_in_{bits}bit")) for bits in (8, 4))
+    if in_8_bits == in_4_bits or fields.get("llm_int8_has_fp16_weight"):
+        return None
     if in_8_bits:
         return QuantizationSection(type="int8", outlier_threshold=float(fields.get("llm_int8_threshold", 6.0)))
     return QuantizationSection(

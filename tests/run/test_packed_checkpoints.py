@@ -174,10 +174,21 @@ def test_another_base_that_comes_packed_otherwise_is_an_error(recipe_file, train
     assert open_subject(Path("run"), None, str(packed_folders["nf4"])).base.comes_packed
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "mxfp4"])
-def test_other_quantisations_are_refused(method, packed_folders, tmp_path, recipe_file, train):
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *({"quant_method": method} for method in ("gptq", "awq", "fp8", "mxfp4")),
+        {"bnb_4bit_quant_storage": "float64"},
+        {"bnb_4bit_quant_type": "af4"},
+        {"load_in_8bit": True},
+        {"load_in_4bit": False},
+    ],
+    ids=str,
+)
+def test_other_quantisations_are_refused(fields, packed_folders, tmp_path, recipe_file, train):
     shutil.copytree(packed_folders["nf4"], tmp_path / "other")
-    change_config(tmp_path / "other", quant_method=method)
+    change_config(tmp_path / "other", **fields)
+    method = fields.get("quant_method", "bitsandbytes")
     for run in (train, lambda path: planning.plan(recipe.load(path), Recorder())):
         with pytest.raises(ModelError, match=rf"model\.name: \S+ comes quantised by {method}") as caught:
             run(recipe_file(model={"name": str(tmp_path / "other")}))
