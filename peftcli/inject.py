@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from peftcli.errors import ModelError, Problem, RecipeError
 from peftcli.methods._protocol import Method, MethodConfig, Part, Shared, Site
+from peftcli.quantization import is_quantised
 from peftcli.sites import as_base, original_class
 from peftcli.targets import find_sites, is_under, task_heads
 
@@ -104,7 +105,17 @@ def _unfreeze(model: nn.Module, method: type[Method], config: MethodConfig, trai
         if id(parameter) not in own and (
             any(is_under(name, one) for one in trained) or method.trains(config, name, owner)
         ):
+            _refuse_packed(name, parameter, owner)
             parameter.requires_grad_(True)
+
+
+def _refuse_packed(name: str, parameter: nn.Parameter, owner: nn.Module) -> None:
+    """Raises a ModelError where `parameter` is packed: torch would let one train that is stored as floats."""
+    if is_quantised(owner) and parameter is owner.weight:
+        raise ModelError(
+            f"{name} is packed, and what is packed cannot train",
+            hint="keep its layer dense with quantization.skip_modules",
+        )
 
 
 def _owned_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:

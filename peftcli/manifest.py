@@ -138,7 +138,7 @@ def describe(
         "method": recipe.method["type"],
         "task": recipe.model.task,
         "base_model": {"name": recipe.model.name, "revision": revision, "type": config.model_type},
-        "quantization": recipe.quantization.model_dump() if recipe.quantization is not None else None,
+        "quantization": _held(recipe, config),
         "adapted_modules": len(inject.adapters(model)),
         "data": {
             "format": prepared.format,
@@ -161,6 +161,12 @@ def describe(
         "adapter_sha256": files.sha256(run / adapter_files.WEIGHTS_FILE),
         "environment": environment(),
     }
+
+
+def _held(recipe: Recipe, config: PretrainedConfig) -> dict[str, Any] | None:
+    """Returns how the base was packed, by the recipe or in its own checkpoint; None where it was not."""
+    section = recipe.quantization or quantization.stored_section(config, recipe.model.name)
+    return section.model_dump() if section is not None else None
 
 
 def _dataset(samples: Dataset) -> dict[str, Any]:

@@ -6,10 +6,10 @@ same name in the same shard, so the result is the folder that transformers would
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,12 +22,14 @@ from peftcli import files, models
 from peftcli.checkpoint.adapter import BASE_PREFIX, SHARED_PREFIX, Adapter, require_fit
 from peftcli.errors import ModelError
 from peftcli.methods._protocol import Method, Shared, Site
+from peftcli.quantization import companions_of, is_companion, unpack_stored, unrounded_inputs
 from peftcli.targets import output_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from peftcli.quantization import Packing
+    from peftcli.recipe import QuantizationSection
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -60,6 +62,7 @@ def merge_files(
     target: Path,
     dtype: torch.dtype | None,
     packing: Packing | None = None,
+    stored: QuantizationSection | None = None,
 ) -> int:
     """Writes the merged model into the existing, empty folder `target` and returns how many weights changed.
 
@@ -69,21 +72,26 @@ def merge_files(
         adapter: What to merge.
         target: Where to write.
         dtype: The dtype of the merged weights; None keeps each as it is stored.
-        packing: How the base was held in 4 bits; its layers are written as what these stood for, adapted or not.
+        packing: How the base was packed; its layers are written as what these stood for, adapted or not.
+        stored: How the base's files themselves are packed; they are written as what they stand for.
 
     Raises:
         ModelError: The adapter does not fit, or an adapted weight is in none of the base's files.
     """
-    weights = _shards(base)
-    stored = _Stored(skeleton, weights)
-    changes = _Changes(skeleton, adapter, stored, packing)
-    untied = _tied_copies(skeleton, changes.weights, stored)
+    files_of = _shards(base)
+    weights = {key: shard for key, shard in files_of.items() if stored is None or not is_companion(key)}
+    places = _Stored(skeleton, weights)
+    changes = _Changes(skeleton, adapter, places, packing)
+    untied = _tied_copies(skeleton, changes.weights, places)
     written: dict[str, str] = {}
     total_size = 0
     shards = sorted(set(weights.values()))
     for shard in shards:
         tensors: dict[str, Tensor] = {}
-        for key, tensor in _read(base / shard):
+        for key, found in _read(base / shard):
+            if key not in weights:
+                continue
+            tensor = found if stored is None else _unpacked(base, files_of, key, found, stored)
             merged = changes.of(key, tensor)
             for name, is_merged in untied.get(key, {changes.name_of(key): True}).items():
                 tensors[name] = _stored(merged if is_merged else tensor, dtype or tensor.dtype, name)
@@ -198,13 +206,23 @@ def _shards(base: Path) -> dict[str, str]:
         raise ModelError(f"{base / INDEX_FILE} cannot be read: {error}") from error
 
 
+def _unpacked(base: Path, shards: Mapping[str, str], key: str, tensor: Tensor, section: QuantizationSection) -> Tensor:
+    """Returns what a tensor of a packed checkpoint stands for: itself, where nothing is stored beside it."""
+    names = companions_of(key, shards)
+    found: dict[str, Tensor] = {}
+    for name, other in names.items():  # they may be in another shard
+        with _opened(base / shards[other]) as file:
+            found[name] = file.get_tensor(other)
+    return unpack_stored(tensor, found, section) if found else tensor
+
+
 def _read(path: Path) -> Iterator[tuple[str, Tensor]]:
     with _opened(path) as file:
         for key in file.keys():  # noqa: SIM118 - not a mapping
             yield key, file.get_tensor(key)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, "pt") as file:
@@ -294,6 +312,7 @@ def _copy_rest(base: Path, target: Path, dtype: torch.dtype | None, changes: Map
         if path.is_file() and not skipped:
             shutil.copyfile(path, target / path.name)
     config: dict[str, Any] = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    config.pop("quantization_config", None)  # nothing is packed in it
     if dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = str(dtype).removeprefix("torch.")
@@ -310,14 +329,18 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 
 @torch.no_grad()
-def logits_of(model: nn.Module, inputs: list[dict[str, Tensor]], device: torch.device) -> list[Tensor]:
+def logits_of(
+    model: nn.Module, inputs: list[dict[str, Tensor]], device: torch.device, *, rounded: bool = False
+) -> list[Tensor]:
     """Returns the logits of each of `inputs`, the forward's arguments for one sample, in float32 on the CPU.
 
-    They are [L, V] of a text's tokens, and [1, K] of a whole sample's labels.
+    They are [L, V] of a text's tokens, and [1, K] of a whole sample's labels. Layers in int8 do not round their inputs
+    for it unless `rounded` asks for the model as it runs: it is weights that are compared.
     """
     model.eval()
-    outputs = (model(**{name: one.to(device) for name, one in given.items()}).logits[0] for given in inputs)
-    return [logits.reshape(-1, logits.shape[-1]).float().cpu() for logits in outputs]
+    with contextlib.nullcontext() if rounded else unrounded_inputs(model):
+        outputs = (model(**{name: one.to(device) for name, one in given.items()}).logits[0] for given in inputs)
+        return [logits.reshape(-1, logits.shape[-1]).float().cpu() for logits in outputs]
 
 
 def compare(expected: list[Tensor], found: list[Tensor]) -> Agreement:

@@ -6,8 +6,10 @@ and a checkpoint that lacks a weight is an error: transformers would start that 
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftcli import hub
 from peftcli.errors import HostError, ModelError, RecipeError
+from peftcli.quantization import packable, stored_fields
 
 if TYPE_CHECKING:
     import torch
@@ -190,9 +193,16 @@ def resolve_dtype(section: ModelSection, config: PretrainedConfig, device: torch
 
 
 def load_model(
-    section: ModelSection, source: ModelSource, config: PretrainedConfig, device: torch.device, seed: int = 0
+    section: ModelSection,
+    source: ModelSource,
+    config: PretrainedConfig,
+    device: torch.device,
+    seed: int = 0,
+    stored_dense: Collection[str] = (),
 ) -> tuple[PreTrainedModel, list[str]]:
     """Returns the base model with its weights, on `device`, frozen parts and all as transformers loads it.
+
+    `stored_dense` are the linear layers that a checkpoint holds as they are though it comes packed.
 
     Returned with it: the names of the parameters of a task head or pooler that the checkpoint does not have, or has
     for other labels. They start from random numbers that depend on `seed` and their names alone.
@@ -208,6 +218,8 @@ def load_model(
     else:
         # Weights of another shape are listed in the report instead of raised without their names.
         options |= {"config": config, "use_safetensors": True, "ignore_mismatched_sizes": True}
+        if stored_fields(config):
+            options |= {"config": _with_dense(config, stored_dense), "device_map": {"": device}}
     with _explained(section, source, "weights"), _quiet_loading():
         loaded: Any = _model_class(section.task).from_pretrained(source.name, output_loading_info=True, **options)
     model, report = loaded
@@ -224,6 +236,30 @@ def load_model(
     _start(model, fresh, seed)
     placed: PreTrainedModel = model.to(device)
     return placed, fresh
+
+
+def stored_packed(skeleton: PreTrainedModel) -> list[str]:
+    """Returns the linear layers that are packed in a checkpoint with the configuration of `skeleton`."""
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    wide = list(skeleton._keep_in_fp32_modules or ())
+    named = stored_fields(skeleton.config).get("llm_int8_skip_modules")
+    skipped = HfQuantizer.get_modules_to_not_convert(skeleton, named, wide)
+    return [path for path in packable(skeleton) if should_convert_module(path, skipped)]
+
+
+def _with_dense(config: PretrainedConfig, paths: Collection[str]) -> PretrainedConfig:
+    """Returns a packed checkpoint's configuration in which exactly the linear layers `paths` are left dense.
+
+    Left to itself, transformers would expect the head of another task to be packed as well.
+    """
+    changed = copy.deepcopy(config)
+    changed.quantization_config = {
+        **stored_fields(config),
+        "llm_int8_skip_modules": [re.escape(path) for path in paths],
+    }
+    return changed
 
 
 def _may_be_fresh(key: str, model: PreTrainedModel, task: str) -> bool:

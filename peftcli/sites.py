@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcli.methods._protocol import Attention, Base, Kind, Site
-from peftcli.quantization import is_quantised, unpacked
+from peftcli.quantization import is_int8, is_quantised, unpacked
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
@@ -40,9 +40,21 @@ def as_base(module: Any, forward: Callable[..., Any]) -> Base:
     kind = kind_of(module)
     if kind is None:
         return Base("module", forward, None, _has_no_weight, _has_no_weight, getattr(module, "dtype", None))
+    if is_int8(module):
+        forward = partial(_without_a_past, forward)
     bias: Tensor | None = getattr(module, "bias", None)
     project = partial(_project_ids if kind == "embedding" else _project, module, forward)
     return Base(kind, forward, bias, project, partial(dense_weight, module, kind))
+
+
+def _without_a_past(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Returns what an int8 layer answers, so that an update may be written into it.
+
+    bitsandbytes' function returns a view that it made unseen by autograd, which then forbids to write into it. Where
+    no gradient leads back through the layer there is nothing to override.
+    """
+    y = forward(x)
+    return y if y.requires_grad else y.detach()
 
 
 def _has_no_weight(*_: object) -> Tensor:
@@ -50,9 +62,15 @@ def _has_no_weight(*_: object) -> Tensor:
 
 
 def _project(module: Any, forward: Callable[[Tensor], Tensor], A: Tensor) -> Tensor:
-    """Returns `W Aᵀ` [O, R] by feeding A's rows [R, I] through the frozen layer, in its own precision."""
+    """Returns `W Aᵀ` [O, R] by feeding A's rows [R, I] through the frozen layer, in its own precision.
+
+    An int8 layer would round A, which is no activation: there it is a product with the weight it stands for.
+    """
     with torch.autocast(A.device.type, enabled=False):
-        y = forward(A.to(module.weight.dtype) if module.weight.is_floating_point() else A)
+        if is_int8(module):
+            return dense_weight(module, "linear").to(A.dtype) @ A.t()
+        # A packed weight may be stored in the guise of floating-point numbers: its layer converts inputs by itself.
+        y = forward(A if is_quantised(module) else A.to(module.weight.dtype))
     projected: Tensor = y if module.bias is None else y - module.bias
     return projected.t()
 

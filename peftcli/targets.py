@@ -77,13 +77,45 @@ def task_heads(model: nn.Module) -> list[str]:
 def always_dense(model: nn.Module, trained: Iterable[str] = ()) -> set[str]:
     """Returns the paths of modules that no quantisation may pack: heads, what `trained` names, and what its code needs.
 
-    Some models cast to the dtype of a weight, as T5 does in its feed-forward; transformers lists those.
+    Some models cast to the dtype of a weight, as T5 does in its feed-forward; transformers lists those. A router is
+    small, and another choice of experts is no rounding.
     """
     head, listed = output_head(model), getattr(model, "_keep_in_fp32_modules", None) or ()
     ends = [*task_heads(model), *listed, *trained]
-    return {
+    return routers(model) | {
         name for name, module in model.named_modules() if module is head or any(is_under(name, end) for end in ends)
     }
+
+
+def routers(model: nn.Module) -> set[str]:
+    """Returns the paths of the linear layers that send tokens to experts.
+
+    They are in a module called `router`, or are gates beside the experts.
+    """
+    blocks = {name.removesuffix("experts") for name, _ in model.named_modules() if f".{name}".endswith(".experts")}
+    return {
+        name
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear
+        and (
+            "router" in name.split(".")
+            or any(re.fullmatch(rf"{re.escape(block)}(\w+_)?gate(\..+)?", name) for block in blocks)
+        )
+    }
+
+
+def is_path_pattern(text: str) -> bool:
+    """Returns whether one string is a pattern for whole paths, as it has a character that no module path has."""
+    return re.search(r"[^\w.]", text) is not None
+
+
+def path_test(entry: str, *, is_pattern: bool) -> re.Pattern[str]:
+    """Returns what the whole path of a module matches that `entry`, a pattern or the end of a path, means.
+
+    Raises:
+        re.error: The pattern is none.
+    """
+    return re.compile(entry if is_pattern else rf"(.*\.)?{re.escape(entry)}")
 
 
 def is_under(name: str, path: str) -> bool:
@@ -155,10 +187,9 @@ class _Choice:
         """Returns the adaptable modules that each entry of `wanted` matches; notes every entry that matches none."""
         chosen: set[str] = set()
         for entry in [wanted] if isinstance(wanted, str) else wanted:
-            # One string with a character that no module path has is a pattern for the whole path; else it is a name.
-            is_pattern = isinstance(wanted, str) and re.search(r"[^\w.]", entry) is not None
+            is_pattern = isinstance(wanted, str) and is_path_pattern(entry)
             try:
-                test = re.compile(entry if is_pattern else rf"(.*\.)?{re.escape(entry)}")
+                test = path_test(entry, is_pattern=is_pattern)
             except re.error as error:
                 self._note(f'{field_name}: "{entry}" is not a regular expression: {error}')
                 continue

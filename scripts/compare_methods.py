@@ -23,8 +23,9 @@ from peftcli.errors import PeftcliError
 from peftcli.recipe import method_names
 from peftcli.reporting import Silent
 from peftcli.run.applying import evaluate
+from peftcli.run.folder import TrainOptions
 from peftcli.run.subject import open_subject
-from peftcli.run.training import TrainOptions, train
+from peftcli.run.training import train
 
 ENCODER = "~/.cache/peftcli/all-MiniLM-L6-v2"
 DATA = Path(__file__).parent.parent / "recipes" / "data"

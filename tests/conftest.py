@@ -203,7 +203,7 @@ def train():
 
     def run(path, *overrides, reporter=None, **options):
         from peftcli import recipe
-        from peftcli.run.training import TrainOptions
+        from peftcli.run.folder import TrainOptions
         from peftcli.run.training import train as run_train
 
         reset_accelerate()

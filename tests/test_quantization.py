@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from peftcli import manifest, models, quantization, sites, targets
-from peftcli.errors import ModelError
+from peftcli.errors import ModelError, RecipeError
 from peftcli.recipe import QuantizationSection
 from tests.families import save_family
 from tests.methods.building import adapt, assert_close, logits, loss_of, packed, token_ids, trainable
@@ -14,6 +14,7 @@ from tests.tolerances import PACKED
 NF4 = QuantizationSection()
 SECTIONS = [NF4, QuantizationSection(type="fp4"), QuantizationSection(double_quant=False)]
 each_section = pytest.mark.parametrize("section", SECTIONS, ids=["nf4", "fp4", "single"])
+each_storage = pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 
 
 def quantise(model, section=NF4):
@@ -104,7 +105,7 @@ def test_in_other_families(family, task, dense, tmp_path):
 
 
 def test_a_model_without_linear_layers(make_model):
-    with pytest.raises(ModelError, match="no linear layers to hold in 4 bits"):
+    with pytest.raises(ModelError, match="no linear layers to hold in nf4"):
         quantise(make_model("gpt2"))
 
 
@@ -144,7 +145,7 @@ def test_the_computation_is_in_the_dtype_asked_for(wanted, expected, make_model)
     layer = model.model.layers[0].mlp.up_proj
     assert layer.compute_dtype == expected
     x = torch.randn(3, layer.in_features)
-    plain = nn.functional.linear(x, quantization.unpacked(layer), layer.bias)
+    plain = nn.functional.linear(x, quantization.unpacked(layer).float(), layer.bias)
     with torch.no_grad():
         exact = torch.allclose(layer(x), plain, rtol=0, atol=1e-6)
     assert exact == (expected == torch.float32)
@@ -157,3 +158,156 @@ def test_a_bias_that_trains_needs_float32(make_model):
     adapt(model, "bitfit")
     with pytest.raises(ModelError, match=r"quantization\.compute_dtype: .*bias trains, and bfloat16"):
         quantization.require_exact_biases(model)
+
+
+def test_what_a_layer_stands_for_has_the_precision_that_it_computes_in():
+    """A base in bfloat16 that computes in float32 would else have gradients, and a merge, of rounded weights."""
+    model = nn.Sequential(nn.Linear(24, 40).bfloat16())
+    quantization.quantize(model, NF4)
+    x = torch.randn(5, 24, requires_grad=True)
+    y = model(x)
+    y.square().sum().backward()
+    W = quantization.unpacked(model[0])
+    assert_close(y, nn.functional.linear(x, W, model[0].bias), PACKED)
+    assert_close(x.grad, 2 * y.detach() @ W, PACKED)
+
+
+# ---- the same bytes in another guise ----
+
+
+@each_storage
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("name", ["lora", "dora"])
+def test_in_whatever_dtype_the_bytes_are_held_the_numbers_are_the_same(dtype, training, name, make_model):
+    ids, found = token_ids(), []
+    for storage in ("uint8", dtype):
+        model = make_model()
+        quantise(model, QuantizationSection(storage_dtype=storage))
+        adapt(model, name, "all-linear")
+        torch.manual_seed(3)
+        with torch.no_grad():
+            for parameter in trainable(model).values():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        loss = loss_of(model.train(training), ids)
+        gradients = {key: parameter.grad for key, parameter in trainable(model).items()}
+        weight = model.model.layers[0].mlp.up_proj.weight
+        assert weight.dtype == getattr(torch, storage)
+        found.append((weight.detach().view(torch.uint8).flatten(), loss, gradients))
+    (first, loss, gradients), (second, other_loss, other_gradients) = found
+    assert torch.equal(first, second)
+    assert torch.equal(loss, other_loss)
+    assert all(torch.equal(gradients[key], other_gradients[key]) for key in gradients)
+
+
+@each_storage
+def test_the_guise_changes_no_count_and_no_merge(dtype, make_model):
+    section = QuantizationSection(storage_dtype=dtype)
+    dense, model = make_model(), make_model()
+    weight = dense.model.layers[1].self_attn.k_proj.weight.detach()
+    quantise(model, section)
+    for one in (dense, model):
+        adapt(one, "lora", "all-linear")
+    assert manifest.parameter_counts(model) == manifest.parameter_counts(dense)
+    packing = quantization.Packing(section, (), torch.float32)
+    assert torch.equal(packing.of(weight), quantization.unpacked(model.model.layers[1].self_attn.k_proj))
+
+
+@pytest.mark.parametrize("storage", ["uint8", "bfloat16", "float32"])
+def test_nothing_lets_a_packed_weight_train(storage, make_model):
+    """With floating-point storage torch itself would: `requires_grad_(True)` is accepted without a word."""
+    from peftcli import inject, methods
+    from tests.methods.building import config_for
+
+    model = make_model()
+    quantise(model, QuantizationSection(storage_dtype=storage))
+    for name, trained in (("lora", ["layers.0.mlp.up_proj"]), ("full", [])):
+        with pytest.raises(ModelError, match=r"\.weight is packed, and what is packed cannot train"):
+            inject.graft(model, methods.load(name), config_for(name, "q_proj"), 0, trained)
+        inject.ungraft(model)
+        assert not any(module.weight.requires_grad for module in packed_layers(model).values())
+
+
+# ---- what stays dense ----
+
+
+def kept(model, wanted):
+    from peftcli.run.packing import packed_paths
+
+    every = set(packed_paths(model, NF4))
+    return every - set(packed_paths(model, QuantizationSection(skip_modules=wanted)))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "count"),
+    [
+        ("q_proj", 2),
+        (["q_proj", "layers.1.mlp.down_proj"], 3),
+        (["layers.0"], 7),
+        ("layers.1.mlp", 3),
+        (r".*\.(0|1)\.mlp\.(up|down)_proj", 4),
+        (["lm_head"], 0),  # as it is anyway
+    ],
+)
+def test_layers_to_skip_have_the_forms_of_target_modules(wanted, count, make_model):
+    assert len(kept(make_model(), wanted)) == count
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message", "hint"),
+    [
+        (["q_porj"], 'no linear layer matches "q_porj"', 'did you mean "q_proj"'),
+        (["q_proj", "embed_tokens", "zzz"], 'no linear layer matches "embed_tokens"', "linear layers are"),
+        ("layers.(0", "is not a regular expression", None),
+        (["layer"], 'no linear layer matches "layer"', "down_proj"),  # a part of a name is no name
+    ],
+)
+def test_a_name_that_skips_nothing_is_an_error(wanted, message, hint, make_model):
+    with pytest.raises(RecipeError, match=r"quantization\.skip_modules: ") as caught:
+        kept(make_model(), wanted)
+    problem = caught.value.problems[0]
+    assert message in problem.message
+    assert hint is None or hint in problem.hint
+    assert len(caught.value.problems) == (2 if len(wanted) == 3 else 1)
+
+
+def tiny_switch():
+    from transformers import SwitchTransformersConfig
+
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "num_experts": 3}
+    return SwitchTransformersConfig(**sizes, vocab_size=64, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1)
+
+
+def tiny_experts(family):
+    from transformers import AutoConfig
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return AutoConfig.for_model(
+        family, **sizes, vocab_size=64, moe_intermediate_size=48, shared_expert_intermediate_size=48
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "task", "routers"),
+    [
+        (tiny_switch, "seq2seq-lm", {"classifier"}),
+        (lambda: tiny_experts("qwen2_moe"), "causal-lm", {"shared_expert_gate"}),
+        (lambda: tiny_experts("mixtral"), "causal-lm", set()),  # its router is no linear layer
+        (lambda: tiny_experts("jetmoe"), "causal-lm", {"layer"}),  # no `experts` beside it
+    ],
+    ids=["switch", "qwen2_moe", "mixtral", "jetmoe"],
+)
+def test_routers_stay_dense(make, task, routers):
+    model = models.skeleton(make(), task)
+    found = targets.routers(model)
+    assert {name.rpartition(".")[2] for name in found} == routers
+    assert not found & set(quantization.packable(model, targets.always_dense(model)))
+    assert not any("_proj" in name for name in found)
+
+
+def test_the_share_of_the_weights_that_is_packed(make_model):
+    model = make_model()
+    quantise(model)
+    dense = make_model()
+    sizes = {name: parameter.numel() for name, parameter in dense.named_parameters()}
+    inside = sum(size for name, size in sizes.items() if name.endswith("_proj.weight"))
+    assert quantization.packed_share(model) == pytest.approx(inside / sum(sizes.values()))

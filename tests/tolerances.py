@@ -36,3 +36,9 @@ order, and a step is not divided by their size."""
 EIGHT_BITS = 2e-2
 """AdamW's path over a few steps with its moments in 8 bits, relative to that in 32. The 64 steps of the table between a
 tenth of a block's largest moment and the largest round a normal block's moments by about 1 %, in each step anew."""
+
+INT8_CONSTANT = 3e-5
+"""bitsandbytes' int8 product and the paper's equation: it writes 6.200124e-05 for 1/127², which is 1.8e-5 more."""
+
+INT8_INPUTS = 2e-2
+"""An int8 product and that of the same weight with unrounded inputs: half a step of 1/127 in each of a row's inputs."""

@@ -55,25 +55,43 @@ def merge(
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16. Left out: as the base is stored.")
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="For a quantised base: dequantised, what was trained against, or original; measures both. "
+            "Left out: dequantised."
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")] = False,
     json: AsJson = False,
 ) -> None:
     """Merge the adapter into the base model's weights, and prove that the result is the same model."""
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise RecipeError(f'--dtype: "{dtype}" is none of float32, bfloat16, float16')
+    if base not in (None, "dequantised", "original"):
+        raise RecipeError(f'--base: "{base}" is none of dequantised, original')
     from peftcli.run import MERGED_FOLDER
-    from peftcli.run.applying import merge as run_merge
+    from peftcli.run.merging import merge as run_merge
+    from peftcli.run.merging import merge_onto
     from peftcli.run.subject import open_subject
 
     subject = open_subject(run, adapter, model)
     target = output or (run or subject.adapter.folder) / MERGED_FOLDER
-    agreement, count = run_merge(subject, target, dtype, make_reporter(), overwrite=overwrite)
+    found: dict[str, Agreement] = {}
+    if base is None:
+        agreement, count = run_merge(subject, target, dtype, make_reporter(), overwrite=overwrite)
+    else:
+        found, count = merge_onto(subject, target, dtype, base, make_reporter(), overwrite=overwrite)
+        agreement = found[base]
     if json:
-        report = {"folder": str(target), "merged_weights": count, **vars(agreement)}
-        console.print_json(report)
+        compared = {"base": base, "compared": {name: vars(one) for name, one in found.items()}} if found else {}
+        console.print_json({"folder": str(target), "merged_weights": count, **vars(agreement), **compared})
         return
     console.stdout.print(f"merged {count} weights into {target}")
-    console.stdout.print(_agreement("verified", agreement))
+    for name, one in found.items():
+        console.stdout.print(_agreement(f"onto the {name} base, compared", one))
+    if not found:
+        console.stdout.print(_agreement("verified", agreement))
 
 
 def export(

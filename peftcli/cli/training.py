@@ -54,7 +54,7 @@ def train(
         return
     if launch.is_needed:
         raise typer.Exit(launching.start(launch, sys.argv[1:]))
-    from peftcli.run.training import TrainOptions
+    from peftcli.run.folder import TrainOptions
     from peftcli.run.training import train as run_train
 
     facts = run_train(

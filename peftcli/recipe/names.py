@@ -32,10 +32,13 @@ OTHER_NAMES: dict[str, str] = {
     "data": "data_args data_arguments data_module datamodule data_config dataset_config",
     "method": "lora peft lora_config peft_config adapter_config use_peft lora_args tuner",
     "quantization": "load_in_4bit load_4bit quantize quantization_config quantization_bit bnb bnb_config use_qlora"
-    " qlora bits",
+    " qlora bits load_in_8bit load_8bit int8",
     "quantization.type": "bnb_4bit_quant_type quant_type quantization_method",
     "quantization.double_quant": "bnb_4bit_use_double_quant double_quantization use_double_quant nested_quant",
     "quantization.compute_dtype": "bnb_4bit_compute_dtype compute_type",
+    "quantization.storage_dtype": "bnb_4bit_quant_storage quant_storage",
+    "quantization.outlier_threshold": "llm_int8_threshold int8_threshold threshold",
+    "quantization.skip_modules": "llm_int8_skip_modules modules_to_not_convert ignored_layers",
     "training": "trainer training_args training_arguments train_config training_config hyperparameters",
     "method.type": "peft_type adapter finetuning_type tuner_type train_type peft_method adapter_type use_dora",
     "method.r": "lora_r lora_rank rank lora_dim init_r vera_r vera_rank",
@@ -43,7 +46,7 @@ OTHER_NAMES: dict[str, str] = {
     "method.alpha": "lora_alpha",
     "method.dropout": "lora_dropout vera_dropout vblora_dropout adapter_dropout",
     "method.target_modules": "lora_target lora_target_modules lora_target_linear lora_modules target lora_attn_modules",
-    "method.exclude_modules": "lora_exclude_modules freeze_modules skip_modules",
+    "method.exclude_modules": "lora_exclude_modules freeze_modules",
     "method.layers": "layers_to_transform lora_layers_to_transform num_layers lora_layers",
     "method.rslora": "use_rslora peft_use_rslora lora_use_rslora",
     "method.init": "init_lora_weights lora_init peft_init_lora_weights init_weights prompt_tuning_init init_method",
@@ -120,6 +123,7 @@ REMARKS: dict[str, str] = {
         ("load_in_4bit", "load_4bit", "quantize", "quantization_config", "quantization_bit", "bnb", "bits"),
         "write quantization: {type: nf4}",
     ),
+    **dict.fromkeys(("load_in_8bit", "load_8bit", "int8"), "write quantization: {type: int8}"),
     **dict.fromkeys(("use_qlora", "qlora"), "write quantization: {type: nf4}, or method.type: qlora"),
     "reduction_factor": "write the model's hidden size divided by it",
     "use_parallel_adapter": "write variant: parallel",
@@ -129,7 +133,6 @@ REMARKS: dict[str, str] = {
     "global_batch_size": "the step's batch is this times gradient_accumulation_steps times the number of devices",
 }
 
-_EIGHT_BITS = "a base in 8 bits is not in this version; quantization.type is nf4 or fp4, of 4 bits"
 _PARALLEL = "a model is spread over processes by distributed.strategy: fsdp2, in no other way"
 _MACHINES = "the number of machines is not the recipe's: peftcli train --nnodes N, or torchrun"
 _PACKING = "packing is not in this version; data.padding_free already avoids the padding that packing is for"
@@ -139,8 +142,6 @@ _OUTPUT = "the run's files all go to output_dir, which is never overwritten"
 
 # What peftcli does not have -> the other names for it.
 UNAVAILABLE: dict[str, str] = {
-    _EIGHT_BITS: "load_in_8bit load_8bit int8 llm_int8_threshold",
-    "4-bit weights are stored as bytes": "bnb_4bit_quant_storage",
     _PARALLEL: "tensor_parallel_size context_parallel_size pipeline_parallel_size",
     _MACHINES: "num_nodes nnodes num_machines",
     "there is nothing to set: gradients are added up once a step": "ddp_backend ddp_find_unused_parameters"
@@ -193,7 +194,8 @@ OTHER_VALUES: dict[str, dict[str, str]] = {
     "compute_dtype": _DTYPES,
     "type": {
         **dict.fromkeys(("4bit", "4", "int4", "bnb", "bitsandbytes", "normal_float4"), "nf4"),
-        **dict.fromkeys(("8bit", "8", "int8", "fp8"), _EIGHT_BITS),
+        **dict.fromkeys(("8bit", "8", "llm_int8", "llm.int8"), "int8"),
+        "fp8": "a base in fp8 is not in this version; quantization.type int8 has 8 bits, nf4 and fp4 have 4",
     },
     "mixed_precision": {
         **dict.fromkeys(("false", "fp32", "float32", "none", "off", "32", "null"), "no"),

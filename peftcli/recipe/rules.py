@@ -27,10 +27,16 @@ _NEED_EVAL: tuple[KeyPath, ...] = (
     ("training", "eval_steps"),
 )
 
-# A field, and the value of another field without which it would do nothing.
-_NEED_VALUE: tuple[tuple[KeyPath, KeyPath, str | bool], ...] = (
-    (("evaluation", "generate", "temperature"), ("evaluation", "generate", "do_sample"), True),
-    (("evaluation", "generate", "top_p"), ("evaluation", "generate", "do_sample"), True),
+_FOUR_BITS = ("nf4", "fp4")
+
+# A field, and the values of another field without one of which it would do nothing.
+_NEED_VALUE: tuple[tuple[KeyPath, KeyPath, tuple[str | bool, ...]], ...] = (
+    (("evaluation", "generate", "temperature"), ("evaluation", "generate", "do_sample"), (True,)),
+    (("evaluation", "generate", "top_p"), ("evaluation", "generate", "do_sample"), (True,)),
+    (("quantization", "double_quant"), ("quantization", "type"), _FOUR_BITS),
+    (("quantization", "compute_dtype"), ("quantization", "type"), _FOUR_BITS),
+    (("quantization", "storage_dtype"), ("quantization", "type"), _FOUR_BITS),
+    (("quantization", "outlier_threshold"), ("quantization", "type"), ("int8",)),
 )
 
 # An optimizer, and the fields that it does not read. All read weight_decay: SGD without momentum decays as AdamW does.
@@ -86,11 +92,11 @@ def broken_rules(values: Mapping[str, Any], locate: Locate) -> Iterator[Problem]
             if given(values, path) not in (None, False):
                 hint = f"set data.eval or data.eval_fraction, or remove {path[-1]}"
                 yield Problem(f"{dotted(path)} needs evaluation data", locate(path), hint)
-    for path, on, value in _NEED_VALUE:
+    for path, on, wanted in _NEED_VALUE:
         written, other_value = given(values, path), given(values, on)
         other_value = default_of(on) if other_value is None else other_value
-        if written is not None and written != default_of(path) and other_value != value:
-            message = f"{dotted(path)} does nothing without {dotted(on)}: {_plain(value)}"
+        if written is not None and written != default_of(path) and other_value not in wanted:
+            message = f"{dotted(path)} does nothing without {dotted(on)}: {' or '.join(map(_plain, wanted))}"
             yield Problem(message, locate(path), f"set {dotted(on)}, or remove {path[-1]}")
     yield from _optimizer_problems(values, locate)
     yield from _task_problems(values, locate)

@@ -59,10 +59,12 @@ class ModelSection(Section):
 
 
 class QuantizationSection(Section):
-    """How the base's linear layers are held in 4 bits. They do not train, and the output head stays as it is."""
+    """How the base's linear layers are held in 4 or 8 bits. They do not train, and the output head stays as it is."""
 
-    type: Literal["nf4", "fp4"] = Field(
-        default="nf4", description="The 16 values of a weight: nf4 suits normally distributed ones, fp4 is a float."
+    type: Literal["nf4", "fp4", "int8"] = Field(
+        default="nf4",
+        description="The values of a weight: nf4 has 16 that suit normally distributed ones, fp4 those of a float; "
+        "int8 has 255 and rounds the layers' inputs to as many.",
     )
     double_quant: bool = Field(
         default=True, description="Hold the scales in 8 bits too: 4.13 bits a weight instead of 4.5, hardly less exact."
@@ -70,6 +72,21 @@ class QuantizationSection(Section):
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
         description="Number format of the products. auto: bfloat16 where the device has it in hardware, else float32.",
+    )
+    storage_dtype: Literal["uint8", "bfloat16", "float16", "float32"] = Field(
+        default="uint8",
+        description="Number format in whose guise the same packed bytes are held: sharding wants that of the rest.",
+    )
+    outlier_threshold: float = Field(
+        default=6.0,
+        ge=0,
+        description="Inputs of int8 layers that are as large as this are not rounded, with all of their column. "
+        "0: every input is.",
+    )
+    skip_modules: str | list[str] | None = Field(
+        default=None,
+        description="Modules whose linear layers stay as they are: names such as [layers.0, o_proj] that match a "
+        "module path's end, or one regular expression for the whole path.",
     )
 
 
@@ -296,7 +313,7 @@ class Recipe(Section):
 
     model: ModelSection = Field(description="The base model.")
     quantization: QuantizationSection | None = Field(
-        default=None, description="Hold the base in 4 bits, as QLoRA does. Left out: in `model.dtype`."
+        default=None, description="Hold the base in 4 or 8 bits, as QLoRA does. Left out: in `model.dtype`."
     )
     data: DataSection = Field(description="What to learn from.")
     method: Mapping[str, Any] = Field(description="How to adapt the model: `type`, and that method's own fields.")

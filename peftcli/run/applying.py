@@ -1,24 +1,23 @@
-"""What is done with an adapter once it is trained: measuring it, writing with it, merging it."""
+"""What is done with an adapter once it is trained: measuring it, writing with it, reading it out, merging it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from peftcli import files, models, recipe
+from peftcli import models, recipe
 from peftcli.checkpoint import adapter as adapter_files
 from peftcli.errors import RecipeError
 from peftcli.reporting import Reporter
+from peftcli.run.merging import merge
 from peftcli.run.opening import load_weights, make_batcher, open_base
-from peftcli.run.packing import packing_of
-from peftcli.run.subject import Subject, check_target, evaluation_data, merged_section, proof_inputs
+from peftcli.run.subject import Subject, evaluation_data, merged_section
 
-if TYPE_CHECKING:
-    from peftcli.merge import Agreement
+__all__ = ["evaluate", "generate", "merge", "readout"]
 
 
 def evaluate(
@@ -113,58 +112,3 @@ def readout(subject: Subject, k: int, reporter: Reporter) -> list[dict[str, Any]
         }
         for row in range(len(tokens))
     ]
-
-
-def require_mergeable(subject: Subject) -> None:
-    """Raises a RecipeError where no plain model computes what base and adapter do together."""
-    method, config = subject.adapter.method, subject.adapter.config
-    reason = method.unmergeable(config)
-    if reason is not None:
-        name = type(config).model_fields["type"].default
-        hint = "use it as it is: peftcli eval, peftcli generate"
-        if hasattr(method, "averaged_low_rank"):
-            hint = "peftcli export --to lora --lossy writes its mean as a LoRA, with the measured error"
-        raise RecipeError(f"{name} cannot be merged: {reason}", hint=hint)
-
-
-def merge(
-    subject: Subject, target: Path, dtype: str | None, reporter: Reporter, *, overwrite: bool
-) -> tuple[Agreement, int]:
-    """Writes the merged model to `target`, proves it against base and adapter, and returns how well they agree.
-
-    The folder appears only if the proof succeeds. Returned with the agreement: how many weights were merged.
-
-    Raises:
-        RecipeError: The method has no merged form.
-        HostError: `target` is in the way.
-        ModelError: The adapter does not fit, or the merged model is not the adapted one.
-    """
-    from peftcli import merge as merging
-
-    require_mergeable(subject)
-    check_target(subject, target, overwrite=overwrite)
-    cpu = torch.device("cpu")
-    inputs = proof_inputs(subject)
-    wanted_dtype = getattr(torch, dtype) if dtype is not None else None
-    with models.plain_folder(subject.base.section, subject.base.source) as folder, files.new_folder(target) as new:
-        reporter.stage("merging the weights")
-        skeleton = models.skeleton(subject.base.config, subject.base.section.task)
-        packing = packing_of(subject.base, skeleton)
-        if packing is not None:
-            reporter.note(
-                f"the {len(packing.paths)} linear layers that were held in {packing.section.type} become the weights "
-                "that these stood for, adapted or not: that is what the adapter was trained on"
-            )
-        count = merging.merge_files(folder, skeleton, subject.adapter, new, wanted_dtype, packing)
-        with files.explained(new):
-            subject.base.processor.save_pretrained(new)
-        reporter.stage("computing what base and adapter answer")
-        model, _ = load_weights(subject.base, cpu, subject.seed)
-        adapter_files.attach(model, subject.adapter)
-        expected = merging.logits_of(model, inputs, cpu)
-        del model
-        reporter.stage("computing what the merged model answers")
-        merged, _ = load_weights(open_base(merged_section(subject, new), meaning=subject.base.meaning), cpu)
-        agreement = merging.compare(expected, merging.logits_of(merged, inputs, cpu))
-        merging.require_agreement(agreement, wanted_dtype or merging.stored_dtype(new))
-    return agreement, count

@@ -18,6 +18,7 @@ from peftcli.run.opening import (
     read_data,
     settle,
 )
+from peftcli.run.prepacked import note_stored
 
 
 def validate(loaded: LoadedRecipe, reporter: Reporter) -> dict[str, Any]:
@@ -29,6 +30,7 @@ def validate(loaded: LoadedRecipe, reporter: Reporter) -> dict[str, Any]:
     reporter.stage("reading the data and the model's configuration")
     raw = read_data(loaded.recipe)
     base = open_base(loaded.recipe.model, meaning=raw.meaning, packed=loaded.recipe.quantization)
+    note_stored(base.config, base.section.name, reporter)
     fit = find_sites(loaded, base, method, config)
     check_checkpointing(loaded, method, config)
     prepared = encode_data(loaded.recipe, raw, base)

@@ -14,9 +14,11 @@ from peftcli import data, inject, methods, models, recipe, targets
 from peftcli.data.batching import Batcher, Batches
 from peftcli.data.meaning import Meaning
 from peftcli.errors import ModelError, PeftcliError, Problem, RecipeError
+from peftcli.quantization import stored_fields
 from peftcli.recipe import LoadedRecipe, Recipe
 from peftcli.reporting import Reporter
-from peftcli.run.packing import check_quantization, pack
+from peftcli.run.packing import check_quantization, load_packed, pack
+from peftcli.run.prepacked import held
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -49,6 +51,11 @@ class Base:
     remarks: tuple[str, ...] = ()
     quantization: recipe.QuantizationSection | None = None
     dense: tuple[str, ...] = ()
+
+    @property
+    def comes_packed(self) -> bool:
+        """Whether its layers are packed in its files already."""
+        return bool(stored_fields(self.config))
 
     @property
     def reads_images(self) -> bool:
@@ -99,7 +106,8 @@ def open_base(
     if tokenizer_from is not None and (tokenizer_from / kept).is_file():
         own = recipe.ModelSection(name=str(tokenizer_from))
     where = source if own is section else models.ModelSource(own.name, True, {})
-    return _with_padding(Base(section, source, config, load(own, where), known, (), packed))
+    quantization = held(packed, config, section.name)
+    return _with_padding(Base(section, source, config, load(own, where), known, (), quantization))
 
 
 def in_order_of(config: PretrainedConfig, meaning: Meaning) -> Meaning:
@@ -147,6 +155,8 @@ def load_weights(
         return models.load_model(section, base.source, base.config, device, seed)
     dtype = str(models.resolve_dtype(section, base.config, device)).removeprefix("torch.")
     section = section.model_copy(update={"dtype": dtype})
+    if base.comes_packed:
+        return load_packed(base, section, device, seed, reporter)
     model, fresh = models.load_model(section, base.source, base.config, torch.device("cpu"), seed)
     return pack(model, base, fresh, device, reporter), fresh
 
@@ -206,7 +216,7 @@ def find_sites(loaded: LoadedRecipe, base: Base, method: type[Method], config: M
         skeleton = models.skeleton(base.config, base.section.task)
         sites = targets.find_sites(skeleton, method, config)
         inject.check(method, config, sites, skeleton)
-        check_quantization(base.quantization, skeleton, method, config)
+        check_quantization(loaded.recipe.quantization, skeleton, method, config)
     except RecipeError as error:
         raise RecipeError.of(located(loaded, error)) from error
     return Fit(sites, inject.trains_base(skeleton, method, config))
@@ -229,6 +239,25 @@ def check_checkpointing(loaded: LoadedRecipe, method: type[Method], config: Meth
     if loaded.recipe.training.gradient_checkpointing and obstacle is not None:
         where = loaded.where("training", "gradient_checkpointing")
         raise RecipeError(f"training.gradient_checkpointing: {obstacle}", where=where, hint="set it to false")
+
+
+SPREADABLE = ("adamw", "sgd")
+"""Optimizers whose arithmetic is right on a share of a tensor: each number's step depends on that number alone."""
+
+
+def check_spreading(loaded: LoadedRecipe, base: Base, method: type[Method], precision: str) -> None:
+    """Raises a RecipeError where the base is to be spread over processes and cannot be."""
+    optim, problems = loaded.recipe.training.optim, []
+    if base.quantization is not None and base.quantization.type == "int8":
+        problems.append("int8 keeps each weight's scales beside it, and they cannot be spread: use nf4")
+    if method.place == "nowhere" and precision == "fp16":
+        problems.append("a loss scale cannot follow gradients that are spread: use training.mixed_precision bf16")
+    if method.place == "nowhere" and optim not in SPREADABLE:
+        problems.append(f"training.optim: {optim} works on whole weights: use {' or '.join(SPREADABLE)}")
+    if problems:
+        where = loaded.where("distributed", "strategy")
+        hint = "or set distributed.strategy to ddp"
+        raise RecipeError.of(Problem(f"distributed.strategy: fsdp2: {text}", where, hint) for text in problems)
 
 
 def settle(

@@ -1,22 +1,26 @@
-"""A recipe's section `quantization` against its model and method: what is held in 4 bits, and what cannot be."""
+"""A recipe's section `quantization` against its model and method: what is packed, and what cannot be."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import torch
 
 from peftcli import models, quantization, targets
-from peftcli.errors import RecipeError
+from peftcli.errors import ModelError, Problem, RecipeError, did_you_mean
 from peftcli.quantization import Packing
+from peftcli.run.prepacked import check_stored, held
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
+    from torch import nn
     from transformers import PreTrainedModel
 
     from peftcli.methods._protocol import Method, MethodConfig
-    from peftcli.recipe import QuantizationSection
+    from peftcli.recipe import ModelSection, QuantizationSection
     from peftcli.reporting import Reporter
     from peftcli.run.opening import Base
 
@@ -24,23 +28,102 @@ if TYPE_CHECKING:
 def check_quantization(
     section: QuantizationSection | None, model: PreTrainedModel, method: type[Method], config: MethodConfig
 ) -> None:
-    """Raises a RecipeError where `model` has nothing to hold in 4 bits, or the method trains what would be."""
-    if section is None:
+    """Raises a RecipeError where the recipe's section does not suit `model`, which may come packed, or the method.
+
+    Raises:
+        RecipeError: As said.
+        ModelError: The model comes packed in a way that is not known here.
+    """
+    name = str(model.config.name_or_path)
+    check_stored(section, model.config, name)
+    how = held(section, model.config, name)
+    if how is None:
         return
-    paths = quantization.packable(model, targets.always_dense(model))
-    if not paths:
+    paths = packed_paths(model, how)
+    if quantization.stored_fields(model.config):
+        _check_layers(section, model, paths)
+    elif not paths:
         raise RecipeError(
-            "quantization: this model has no linear layers to hold in 4 bits; GPT-2's, say, are of another kind",
+            f"quantization: this model has no linear layers to hold in {how.type}"
+            + (" beside those of skip_modules" if how.skip_modules else "; GPT-2's, say, are of another kind"),
             hint="remove the section, or choose another model",
         )
     trained = [path for path in paths if method.trains(config, f"{path}.weight", model.get_submodule(path))]
     if trained:
-        name = type(config).model_fields["type"].default
+        method_name = type(config).model_fields["type"].default
         raise RecipeError(
-            f"quantization: {name} trains weights, such as {trained[0]}'s, and weights of 4 bits cannot be trained: "
-            "a step is far smaller than the distance between two of their values",
-            hint="remove the section, or set method.type to lora, which trains beside them",
+            f"quantization: {method_name} trains weights, such as {trained[0]}'s, and weights in {how.type} cannot be "
+            "trained: a step is far smaller than the distance between two of their values",
+            hint="train a base that is not quantised, or set method.type to lora, which trains beside its weights",
         )
+
+
+def _check_layers(section: QuantizationSection | None, model: PreTrainedModel, packed: list[str]) -> None:
+    """Raises a PeftcliError where a model comes packed without linear layers, or with one that is to be skipped."""
+    name = model.config.name_or_path
+    if not packed:
+        raise ModelError(
+            f"model.name: {name} comes packed, but not its linear layers; GPT-2's, say, are of another kind",
+            hint="name the model that it was made from",
+        )
+    wanted = sorted(_skipped_in(model, section) & set(packed)) if section is not None else []
+    if wanted:
+        raise RecipeError(
+            f"quantization.skip_modules: {wanted[0]} comes packed with model.name: {name}",
+            hint="remove it, or name the model that this one was made from",
+        )
+
+
+def packed_paths(model: PreTrainedModel, section: QuantizationSection, dense: Collection[str] = ()) -> list[str]:
+    """Returns the paths of the layers that are packed; works on the meta device.
+
+    Args:
+        model: The base model.
+        section: What the recipe says.
+        dense: Paths, or their ends, of modules that stay dense beside those of the section and the heads.
+
+    Raises:
+        RecipeError: `skip_modules` names what is no linear layer; all such names are listed.
+    """
+    if quantization.stored_fields(model.config):
+        heads = targets.task_heads(model)
+        return [path for path in models.stored_packed(model) if not any(targets.is_under(path, one) for one in heads)]
+    return quantization.packable(model, _kept(model, section, dense))
+
+
+def _kept(model: nn.Module, section: QuantizationSection, dense: Collection[str]) -> set[str]:
+    """Returns the paths of modules that stay dense."""
+    return _skipped_in(model, section) | targets.always_dense(model, dense)
+
+
+def _skipped_in(model: nn.Module, section: QuantizationSection) -> set[str]:
+    """Returns the paths of the linear layers in the modules that `section` skips."""
+    problems: list[Problem] = []
+    found = set(_skipped(model, section.skip_modules, problems))
+    if problems:
+        raise RecipeError.of(problems)
+    return found
+
+
+def _skipped(model: nn.Module, wanted: str | list[str] | None, problems: list[Problem]) -> Iterator[str]:
+    """Yields the linear layers in the modules that `wanted` names; notes each name that has none."""
+    linear = quantization.packable(model)
+    modules = [name for name, _ in model.named_modules() if name]
+    for entry in [wanted] if isinstance(wanted, str) else wanted or ():
+        try:
+            test = targets.path_test(entry, is_pattern=isinstance(wanted, str) and targets.is_path_pattern(entry))
+        except re.error as error:
+            problems.append(Problem(f'quantization.skip_modules: "{entry}" is not a regular expression: {error}'))
+            continue
+        named = [name for name in modules if test.fullmatch(name)]
+        found = [path for path in linear if any(f"{path}.".startswith(f"{name}.") for name in named)]
+        if not found:
+            message = f'quantization.skip_modules: no linear layer matches "{entry}"'
+            leaves = sorted({path.rpartition(".")[2] for path in linear})
+            guess = did_you_mean(entry, leaves)
+            listing = f"the model's linear layers are {', '.join(leaves)}"
+            problems.append(Problem(message, hint=f"{guess} {listing}" if guess else listing))
+        yield from found
 
 
 def pack(
@@ -52,19 +135,55 @@ def pack(
     """
     section = base.quantization
     assert section is not None
-    dense = targets.always_dense(model, [*base.dense, *(name.rpartition(".")[0] for name in fresh)])
-    count = quantization.quantize(model, section, dense, device)
+    dense = [*base.dense, *(name.rpartition(".")[0] for name in fresh)]
+    kept = _kept(model, section, dense)
+    count = quantization.quantize(model, section, kept, device)
+    left = quantization.packable(model, kept)
+    assert not left, f"{left[0]} was to be packed and is not"
     if reporter is not None:
-        computed = str(quantization.compute_dtype(section, device)).removeprefix("torch.")
-        reporter.note(f"{count} linear layers are held in {section.type}, computed in {computed}")
+        reporter.note(_said(model, count, section, device))
     placed: PreTrainedModel = model.to(device)  # type: ignore[arg-type]
     return placed
 
 
+def load_packed(
+    base: Base, wanted: ModelSection, device: torch.device, seed: int, reporter: Reporter | None
+) -> tuple[PreTrainedModel, list[str]]:
+    """Returns a model that comes packed on `device`, and the names of the parameters that start anew.
+
+    Args:
+        base: The model, opened.
+        wanted: Its section, with the dtype of what is not packed.
+        device: Where it goes.
+        seed: Decides the start of what starts anew.
+        reporter: Where the note goes that says so.
+    """
+    section = base.quantization
+    assert section is not None
+    skeleton = models.skeleton(base.config, wanted.task)
+    paths = packed_paths(skeleton, section)
+    dense = set(quantization.packable(skeleton)) - set(paths)
+    quantization.bitsandbytes()  # before transformers imports it, and lets it warn
+    model, fresh = models.load_model(wanted, base.source, base.config, device, seed, dense)
+    dtype = models.resolve_dtype(wanted, base.config, device)
+    quantization.adopt(model, section, paths, dtype, device)
+    if reporter is not None:
+        reporter.note(f"{wanted.name} comes packed: {_said(model, len(paths), section, device)}")
+    return model, fresh
+
+
+def _said(model: nn.Module, count: int, section: QuantizationSection, device: torch.device) -> str:
+    """Returns what is packed, in a sentence: experts, say, may be no linear layers, and most of the weights."""
+    share = f"{100 * quantization.packed_share(model):.0f} % of the base's weights"
+    how = f"computed in {str(quantization.compute_dtype(section, device)).removeprefix('torch.')}"
+    if section.type == "int8":
+        how = "which rounds their inputs too" + (", but in training on a CPU" if device.type == "cpu" else "")
+    return f"{count} linear layers, {share}, are held in {section.type}, {how}"
+
+
 def packing_of(base: Base, model: PreTrainedModel) -> Packing | None:
     """Returns which layers of `model`, which needs no weights, are packed on a CPU; None where the base is dense."""
-    if base.quantization is None:
+    if base.quantization is None or base.comes_packed:
         return None
-    paths = quantization.packable(model, targets.always_dense(model, base.dense))
     dtype = models.resolve_dtype(base.section, base.config, torch.device("cpu"))
-    return Packing(base.quantization, tuple(paths), dtype)
+    return Packing(base.quantization, tuple(packed_paths(model, base.quantization, base.dense)), dtype)

@@ -14,6 +14,7 @@ from peftcli.recipe import LoadedRecipe
 from peftcli.reporting import Reporter
 from peftcli.run.opening import check_method, check_task, located, read_data
 from peftcli.run.packing import check_quantization
+from peftcli.run.prepacked import note_stored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,6 +52,7 @@ def plan(loaded: LoadedRecipe, reporter: Reporter) -> dict[str, Any]:
     reporter.stage("reading the model's configuration")
     source = models.locate(section)
     base_config = models.load_config(section, source)
+    note_stored(base_config, section.name, reporter)
     _set_labels(loaded, base_config, reporter)
     model = models.skeleton(base_config, section.task)
     try:

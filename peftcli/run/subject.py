@@ -15,6 +15,7 @@ from peftcli.errors import DataError, HostError, ModelError, RecipeError
 from peftcli.recipe import Recipe
 from peftcli.run import MERGED_FOLDER, RECIPE_FILE
 from peftcli.run.opening import Base, make_batcher, open_base
+from peftcli.run.prepacked import check_stored
 
 if TYPE_CHECKING:
     from peftcli.checkpoint.adapter import Adapter
@@ -81,6 +82,7 @@ def open_subject(run: Path | None, adapter: Path | None, model: str | None) -> S
         merged = None
     packed = own.quantization if own is not None else None
     base = open_base(section, folder, read_meaning(folder, section.task), packed)
+    check_stored(packed, base.config, section.name)  # with another model than the run's own
     return Subject(replace(base, dense=found.trained), found, own, merged)
 
 

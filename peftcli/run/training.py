@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,17 +13,18 @@ import torch
 
 from peftcli import files, inject, manifest, models, quantization, recipe, sharding
 from peftcli.checkpoint import adapter as adapter_files
-from peftcli.checkpoint import state
 from peftcli.data.meaning import write_meaning
 from peftcli.data.preview import Segment, render
-from peftcli.errors import HostError, ModelError, RecipeError
+from peftcli.errors import HostError, ModelError
 from peftcli.recipe import LoadedRecipe, Recipe, TrainingSection
 from peftcli.reporting import Reporter, Silent
 from peftcli.run import RECIPE_FILE
+from peftcli.run.folder import TrainOptions, checkpoint_for_all, open_folder
 from peftcli.run.opening import (
     Base,
     check_checkpointing,
     check_method,
+    check_spreading,
     encode_data,
     find_sites,
     load_weights,
@@ -43,15 +44,6 @@ if TYPE_CHECKING:
     from peftcli.training.distributed import Processes
     from peftcli.training.logs import MetricsLog, TensorBoardLog
     from peftcli.training.loop import Result, Task
-
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """How a run is started, beside its recipe."""
-
-    device: str | None = None
-    resume: bool = False
-    overwrite: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,13 +104,12 @@ def train(
             reporter, show = Silent(), _show_nothing
         folder = Path(loaded.recipe.output_dir or "runs")
         with open_folder(folder, options) if group.is_first else contextlib.nullcontext():
-            resumed = _checkpoint_for_all(loaded.recipe, folder, options, group, reporter)
-            job = _open_job(loaded, method, config, group, reporter, show)
+            resumed = checkpoint_for_all(loaded.recipe, folder, options, group, reporter)
+            job = _open_job(loaded, method, config, group, precision, reporter, show)
             checks.what_runs(accelerator, group, precision)
             if group.is_first:
-                if (
-                    options.overwrite and not options.resume
-                ):  # no sooner: a mistake must not cost the run that was there
+                # No sooner: a mistake must not cost the run that was there.
+                if options.overwrite and not options.resume:
                     files.clear_run(folder, owned=manifest.RUN_FILES)
                 _write_start(job)
             group.wait()
@@ -136,6 +127,7 @@ def _open_job(
     method: type[Method],
     config: MethodConfig,
     group: Processes,
+    precision: str,
     reporter: Reporter,
     show: Callable[[list[Segment]], None],
 ) -> Job:
@@ -146,22 +138,25 @@ def _open_job(
     base = open_base(wanted.model, meaning=raw.meaning, packed=wanted.quantization)
     fit = find_sites(loaded, base, method, config)
     check_checkpointing(loaded, method, config)
+    spread = group.count > 1 and wanted.distributed.strategy == "fsdp2"
+    if spread:
+        check_spreading(loaded, base, method, precision)
     prepared = encode_data(wanted, raw, base)
     _note_data(prepared, base, reporter)
     config = settle(loaded, method, config, base, prepared, group.count)
     show(render(prepared.train, 0, base.processor, prepared.meaning.labels))
     reporter.stage("loading the base model")
-    spread = group.count > 1 and wanted.distributed.strategy == "fsdp2"
     # What is to be spread need not fit on one device: it is put there layer by layer.
     device = torch.device("cpu") if spread else group.device
     model, fresh = load_weights(base, device, wanted.training.seed, reporter, wide=fit.trains_base)
     joins = _may_join(wanted, model, method.obstacle(config, "flat"), reporter)
     inject.graft(model, method, config, wanted.training.seed, trained=fresh)
     inject.widen_trained(model)
-    quantization.require_exact_biases(model)
+    quantization.require_exact_biases(model, precision)
     _note_fresh(fresh, reporter)
     counts = manifest.parameter_counts(model)
-    _note_sizes(model, counts, wanted.training, group, reporter)
+    _note_sizes(model, counts, precision, reporter)
+    _note_processes(group, wanted.training, reporter)
     if wanted.training.gradient_checkpointing:
         _checkpoint_activations(model)
     if spread:
@@ -178,97 +173,17 @@ def mixed_precision(wanted: str, device: torch.device) -> str:
     """
     if wanted == "auto":
         return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    if wanted == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise HostError(
+            f"training.mixed_precision: {torch.cuda.get_device_name(device)} has no bf16, and would imitate it slowly",
+            hint="set training.mixed_precision to fp16, or to auto",
+        )
     if wanted == "fp16" and device.type == "cpu":
         raise HostError(
             "training.mixed_precision: fp16 needs a GPU, and this run is on the CPU",
             hint="set training.mixed_precision to no (fastest on a CPU), or to auto",
         )
     return wanted
-
-
-@contextlib.contextmanager
-def open_folder(folder: Path, options: TrainOptions) -> Iterator[None]:
-    """Holds the run's folder for this process while entered.
-
-    Raises:
-        HostError: It cannot be written, is in use, or holds a run that was neither to be resumed nor replaced.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise HostError(f"output_dir: {folder} is a file", hint="choose another folder with output_dir=DIR")
-    taken = folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
-    if taken and not (options.resume or options.overwrite):
-        raise HostError(
-            f"output_dir: {folder} exists and is not empty",
-            hint="go on with it: --resume; replace it: --overwrite; or choose another: output_dir=DIR",
-        )
-    files.check_writable(folder)
-    with files.locked(folder):
-        try:
-            yield
-        finally:
-            files.remove_if_unused(folder)
-
-
-def _checkpoint_for_all(
-    wanted: Recipe, folder: Path, options: TrainOptions, group: Processes, reporter: Reporter
-) -> Path | None:
-    """Returns the checkpoint that every process resumes from, as the first has found it; None for a new run."""
-    found = _resume_from(wanted, folder, group.count, reporter) if options.resume and group.is_first else None
-    step = group.of_first(-1 if found is None else int(found.name.rpartition("-")[2]))
-    checkpoint = state.folder_of(folder, step)
-    if step >= 0 and not checkpoint.is_dir():
-        raise ModelError(
-            f"{checkpoint} is not there for process {group.place.rank}",
-            hint="output_dir must be a folder that all machines share",
-        )
-    return checkpoint if step >= 0 else None
-
-
-def _resume_from(wanted: Recipe, folder: Path, num_processes: int, reporter: Reporter) -> Path | None:
-    """Returns the checkpoint to resume from; None where the run was stopped before it saved one.
-
-    Raises:
-        RecipeError: The recipe is not the run's own where that changes what is computed.
-        ModelError: There is nothing to resume.
-    """
-    if not (folder / RECIPE_FILE).is_file():
-        raise ModelError(f"{folder} holds no run to resume", hint="leave --resume out to start one")
-    before = recipe.load(folder / RECIPE_FILE).recipe
-    changed = manifest.changed_fields(recipe.resolve_paths(wanted), before)
-    listing = {key: f"{key} was {old}, is {new}" for key, (old, new) in changed.items()}
-    recut = [listing.pop(key) for key in manifest.CUTS_STEPS if key in listing]
-    if recut:
-        reporter.note(f"steps are cut up otherwise than before ({'; '.join(recut)}): dropout draws other numbers")
-    if listing:
-        raise RecipeError(
-            f"the recipe is not the one that {folder} was started with: {'; '.join(listing.values())}",
-            hint=f"resume with {folder / RECIPE_FILE}, or start a new run with output_dir=DIR",
-        )
-    checkpoint, remarks = state.newest_checkpoint(folder)
-    for remark in remarks:
-        reporter.note(remark)
-    if checkpoint is not None:
-        _require_same_steps(checkpoint, wanted.training, num_processes)
-    reporter.note(f"resuming from {checkpoint.name}" if checkpoint else "no checkpoint yet: starting from step 0")
-    return checkpoint
-
-
-def _require_same_steps(checkpoint: Path, settings: TrainingSection, num_processes: int) -> None:
-    """Raises a RecipeError where a step would not take as many samples as those before `checkpoint` did."""
-    before = state.read_progress(checkpoint).samples_per_step
-    round_size = settings.per_device_train_batch_size * num_processes
-    now = round_size * settings.gradient_accumulation_steps
-    if before == now:
-        return
-    rounds, rest = divmod(before, round_size)
-    new_run = "or start a new run with output_dir=DIR"
-    raise RecipeError(
-        f"a step of this run took {before} samples; of {num_processes} processes it would take {now}, and the "
-        "remaining steps would be others",
-        hint=f"set training.gradient_accumulation_steps to {rounds}, {new_run}"
-        if rounds and not rest
-        else f"choose processes, batch size and accumulation whose product is {before}, {new_run}",
-    )
 
 
 def _note_fresh(fresh: list[str], reporter: Reporter) -> None:
@@ -305,19 +220,21 @@ def _may_join(wanted: Recipe, model: PreTrainedModel, obstacle: str | None, repo
     return False
 
 
-def _note_sizes(
-    model: PreTrainedModel, counts: dict[str, int | float], settings: TrainingSection, group: Processes, to: Reporter
-) -> None:
+def _note_sizes(model: PreTrainedModel, counts: dict[str, int | float], precision: str, reporter: Reporter) -> None:
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    to.note(
+    reporter.note(
         f"{counts['trainable_params']:,} of {counts['total_params']:,} parameters train "
         f"({counts['trainable_percent']:.3f} %) in {len(inject.adapters(model))} modules; "
-        f"base in {dtype} on {group.device}, mixed precision {mixed_precision(settings.mixed_precision, group.device)}"
+        f"base in {dtype} on {model.device}, mixed precision {precision}"
     )
-    if group.count > 1:
-        threads = f", {torch.get_num_threads()} CPU threads each" if group.device.type == "cpu" else ""
-        samples = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * group.count
-        to.note(f"{group.count} processes over {group.backend}{threads}: {samples} samples a step")
+
+
+def _note_processes(group: Processes, settings: TrainingSection, reporter: Reporter) -> None:
+    if group.count == 1:
+        return
+    threads = f", {torch.get_num_threads()} CPU threads each" if group.device.type == "cpu" else ""
+    samples = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * group.count
+    reporter.note(f"{group.count} processes over {group.backend}{threads}: {samples} samples a step")
 
 
 def _write_start(job: Job) -> None:

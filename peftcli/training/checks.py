@@ -10,6 +10,7 @@ from torch import nn
 
 from peftcli import sharding
 from peftcli.errors import HostError, ModelError, NumericalError
+from peftcli.quantization import is_int8
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -109,5 +110,7 @@ def joins_exactly(model: PreTrainedModel) -> bool:
         return False
     finally:
         model.train(was_training)
-    tolerance = LAYOUT_TOLERANCE.get(joined.dtype, 1e-3)
+    # int8 finds outliers in all rows of a pass together, so that what is joined to a sample changes its rounding.
+    rounded = any(is_int8(module) for module in model.modules())
+    tolerance = LAYOUT_TOLERANCE[torch.bfloat16] if rounded else LAYOUT_TOLERANCE.get(joined.dtype, 1e-3)
     return bool((joined - apart).abs().max() <= tolerance * apart.abs().max())

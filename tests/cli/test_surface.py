@@ -19,7 +19,7 @@ COMMANDS = {
         "--json",
     ],
     "eval": ["run", "--adapter", "--model", "--data", "--batch-size", "--device", "--json"],
-    "merge": ["run", "--adapter", "--model", "-o", "--output", "--dtype", "--overwrite", "--json"],
+    "merge": ["run", "--adapter", "--model", "-o", "--output", "--dtype", "--base", "--overwrite", "--json"],
     "export": [
         "run",
         "--to",

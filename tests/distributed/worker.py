@@ -6,7 +6,8 @@ from pathlib import Path
 
 from peftcli import recipe
 from peftcli.reporting import Silent
-from peftcli.run.training import TrainOptions, train
+from peftcli.run.folder import TrainOptions
+from peftcli.run.training import train
 from peftcli.training import distributed
 from tests.conftest import reset_accelerate
 

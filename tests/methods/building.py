@@ -8,6 +8,7 @@ from peftcli import inject, methods, sites
 from peftcli.checkpoint.adapter import Origin
 
 KINDS = ("linear", "conv1d", "embedding")
+PACKED_KINDS = ("nf4", "int8")
 IN, OUT = 24, 40
 
 
@@ -20,8 +21,8 @@ class Holder(nn.Module):
             self.target = nn.Linear(IN, OUT)
         elif kind == "embedding":
             self.target = nn.Embedding(IN, OUT)
-        elif kind == "nf4":
-            self.target = packed(nn.Linear(IN, OUT))
+        elif kind in PACKED_KINDS:
+            self.target = packed(nn.Linear(IN, OUT), kind)
         else:
             from transformers.pytorch_utils import Conv1D
 
@@ -36,7 +37,7 @@ class Holder(nn.Module):
 
     @property
     def W(self):  # [O, I]
-        if self.kind == "nf4":
+        if self.kind in PACKED_KINDS:
             return sites.dense_weight(self.target, "linear")
         weight = self.target.weight.detach()
         return weight if self.kind == "linear" else weight.t()
@@ -50,10 +51,17 @@ class Holder(nn.Module):
         return F.embedding(x, W.t()) if self.kind == "embedding" else F.linear(x, W, self.b if b is None else b)
 
 
-def packed(linear):
-    """Returns a linear layer whose weight is that of `linear` in NF4, with double quantisation."""
-    from bitsandbytes.nn import Linear4bit, Params4bit
+def packed(linear, kind="nf4"):
+    """Returns a linear layer whose weight is that of `linear` in NF4, with double quantisation, or in int8."""
+    from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 
+    if kind == "int8":
+        layer = Linear8bitLt(linear.in_features, linear.out_features, has_fp16_weights=False, threshold=6.0)
+        layer.weight = Int8Params(linear.weight.detach().clone(), requires_grad=False, has_fp16_weights=False)
+        layer.bias = nn.Parameter(linear.bias.detach().clone())
+        layer = layer.to("cpu")  # packs
+        layer.init_8bit_state()
+        return layer
     layer = Linear4bit(linear.in_features, linear.out_features, compute_dtype=torch.float32, quant_type="nf4")
     layer.weight = Params4bit(
         linear.weight.detach().clone(), requires_grad=False, quant_type="nf4", compress_statistics=True
@@ -61,6 +69,24 @@ def packed(linear):
     layer.bias = nn.Parameter(linear.bias.detach().clone())
     layer.support_avx512bf16_for_cpu = False  # it would repack the weight in eval mode and compute in bfloat16
     return layer.to("cpu")  # packs
+
+
+def rounded_rows(x):
+    """Returns each row's integers in -127..127 and its scale, as LLM.int8() rounds in float16."""
+    x = x.half()
+    scales = x.abs().amax(-1, keepdim=True).float()
+    return torch.round(x.float() * (127 / scales)).clamp(-127, 127), scales
+
+
+def int8_product(x, W, b, threshold=6.0):
+    """Returns the paper's equation: the product of rounded rows, and of the columns with an outlier as they are."""
+    packed, row_scales = rounded_rows(W)
+    outliers = (x.half().abs() >= threshold).any(0) if threshold else torch.zeros(x.shape[1], dtype=torch.bool)
+    kept = torch.where(x.half().abs() >= threshold, 0, x) if threshold else x
+    inputs, scales = rounded_rows(kept)
+    inputs[:, outliers] = 0
+    exact = x[:, outliers] @ (packed * row_scales / 127)[:, outliers].T
+    return inputs @ packed.T * scales * row_scales.T / 127**2 + exact + b
 
 
 def inputs(kind, dtype=torch.float32, length=7):

@@ -9,26 +9,29 @@ import pytest
 import torch
 from torch import nn
 
-from peftcli import inject, methods, sites
+from peftcli import inject, methods, quantization, sites
 from peftcli.checkpoint.adapter import attach, read_adapter, save_adapter
 from peftcli.methods._protocol import Site
 from tests.methods.building import (
     IN,
     KINDS,
     OUT,
+    PACKED_KINDS,
     Holder,
     adapt,
     adapted_holder,
     assert_close,
     config_for,
     inputs,
+    int8_product,
     logits,
     loss_of,
     origin_of,
+    packed,
     randomise,
     trainable,
 )
-from tests.tolerances import EXACT, HALF, PACKED
+from tests.tolerances import EXACT, HALF, INT8_CONSTANT, PACKED
 
 NAMES = methods.names()
 ADDING = [name for name in NAMES if methods.load(name).place != "nowhere"]
@@ -329,9 +332,11 @@ def _compiled_equals_eager(name, kind, backend):
 
 
 @having(NAMES, lambda method: method.place == "targets" and "linear" in method.kinds)
+@pytest.mark.parametrize("kind", PACKED_KINDS)
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_on_an_nf4_base_it_equals_one_on_the_dequantised_weight(name, training):
-    holders = [Holder("nf4"), Holder("linear")]
+def test_on_a_packed_base_it_equals_one_on_the_dequantised_weight(name, training, kind):
+    """Of int8, where in evaluation inputs are rounded too, with inputs that are not; see the next test for those."""
+    holders = [Holder(kind), Holder("linear")]
     with torch.no_grad():
         holders[1].target.weight.copy_(holders[0].W)
         holders[1].target.bias.copy_(holders[0].target.bias)
@@ -343,7 +348,8 @@ def test_on_an_nf4_base_it_equals_one_on_the_dequantised_weight(name, training):
         torch.manual_seed(3)
         randomise(holder)
         holder.train(training)
-        outputs.append(holder(given))
+        with quantization.unrounded_inputs(holder):
+            outputs.append(holder(given))
         outputs[-1].square().sum().backward()
     assert_close(outputs[0], outputs[1], PACKED)
     assert_close(x[0].grad, x[1].grad, PACKED)
@@ -351,6 +357,27 @@ def test_on_an_nf4_base_it_equals_one_on_the_dequantised_weight(name, training):
     for key, gradient in gradients(holders[0]).items():
         assert_close(gradient, expected[key], PACKED)
     assert torch.equal(holders[0].target.weight, stored)
+
+
+@having(NAMES, lambda method: method.place == "targets" and "linear" in method.kinds)
+def test_on_an_int8_base_it_adds_to_the_frozen_product_as_that_is(name):
+    linear = nn.Linear(IN, OUT)
+    holder = Holder("int8")
+    holder.target = packed(linear, "int8")
+    adapt(holder, name)
+    randomise(holder)
+    holder.eval()
+
+    def closed_form(x):
+        rows = x.reshape(-1, IN)
+        return int8_product(rows, linear.weight.detach(), linear.bias.detach()).view(*x.shape[:-1], OUT)
+
+    x = inputs("linear")
+    adapter = holder.target.adapter
+    expected = adapter(sites.as_base(holder.target, closed_form), x)
+    assert_close(holder(x), expected, INT8_CONSTANT)
+    with quantization.unrounded_inputs(holder):
+        assert not torch.allclose(holder(x), expected, rtol=0, atol=1e-4), "no input was rounded"
 
 
 # ---- coming and going ----

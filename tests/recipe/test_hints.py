@@ -49,9 +49,11 @@ from .conftest import GOOD
         ("bnb_4bit_quant_type", "peftcli calls this quantization.type"),
         ("quantization.bnb_4bit_compute_dtype", "peftcli calls this quantization.compute_dtype"),
         ("use_qlora", "peftcli calls this quantization; write quantization: {type: nf4}, or method.type: qlora"),
+        ("load_in_8bit", "peftcli calls this quantization; write quantization: {type: int8}"),
+        ("quantization.bnb_4bit_quant_storage", "peftcli calls this quantization.storage_dtype"),
+        ("llm_int8_threshold", "peftcli calls this quantization.outlier_threshold"),
+        ("quantization.llm_int8_skip_modules", "peftcli calls this quantization.skip_modules"),
         # What is not there.
-        ("load_in_8bit", "a base in 8 bits is not in this version"),
-        ("quantization.bnb_4bit_quant_storage", "4-bit weights are stored as bytes"),
         ("data.packing", "packing is not in this version; data.padding_free already avoids the padding"),
         ("model.trust_remote_code", "never accepted from a recipe: peftcli runs no code from a model repository"),
         ("training.compile", "compiling the model is not in this version"),

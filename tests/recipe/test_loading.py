@@ -299,6 +299,19 @@ NOT_READ = {
             for optim, fields in NOT_READ.items()
             for field, value in fields.items()
         ),
+        *(
+            (
+                f"quantization:\n  type: int8\n  {key}: {value}\n",
+                f"quantization.{key} does nothing without quantization.type: nf4 or fp4",
+                12,
+            )
+            for key, value in (("double_quant", "false"), ("compute_dtype", "float32"), ("storage_dtype", "float32"))
+        ),
+        (
+            "quantization:\n  outlier_threshold: 5.0\n",
+            "quantization.outlier_threshold does nothing without quantization.type: int8",
+            11,
+        ),
         (
             "evaluation:\n  generate:\n    top_p: 0.9\n",
             "evaluation.generate.top_p does nothing without evaluation.generate.do_sample: true",

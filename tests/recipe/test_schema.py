@@ -19,7 +19,9 @@ WRONG = [
     GOOD.replace("r: 8", "oops: 8"),
     GOOD.replace("r: 8", "detach_norm: true"),
     GOOD.replace("lora", "lorra"),
-    GOOD + "quantization: {type: int8}\n",
+    GOOD + "quantization: {type: int3}\n",
+    GOOD + "quantization: {type: int8, outlier_threshold: -1.0}\n",
+    GOOD + "quantization: {skip_modules: 3}\n",
     GOOD.replace("  type: lora\n", ""),
     GOOD.replace("  name: org/tiny-model\n", "  dtype: auto\n"),
     GOOD.replace("  train: data/train.jsonl\n", "  max_length: 5\n"),
@@ -40,6 +42,9 @@ RIGHT = [
     GOOD.replace("lora", "qlora"),
     GOOD + "quantization: {type: fp4, double_quant: false}\n",
     GOOD + "quantization: null\n",
+    GOOD + "quantization: {type: int8, outlier_threshold: 0}\n",
+    GOOD + "quantization: {storage_dtype: bfloat16, skip_modules: [a.b, c]}\n",
+    GOOD + "quantization: {skip_modules: '.*gate'}\n",
 ]
 
 

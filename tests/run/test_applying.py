@@ -141,12 +141,13 @@ class TestMerging:
 
     def test_a_merge_that_cannot_be_proven_leaves_nothing(self, run, monkeypatch):
         from peftcli import merge as merging
+        from peftcli.run import merging as run_merging
 
         original = merging.logits_of
         monkeypatch.setattr(
             merging, "logits_of", lambda model, *rest: [x * (1 + hasattr(model, "x")) for x in original(model, *rest)]
         )
-        real = applying.load_weights
+        real = run_merging.load_weights
 
         def disturbed(base, device, *seed):
             model, fresh = real(base, device, *seed)
@@ -154,7 +155,7 @@ class TestMerging:
                 model.x = True
             return model, fresh
 
-        monkeypatch.setattr(applying, "load_weights", disturbed)
+        monkeypatch.setattr(run_merging, "load_weights", disturbed)
         with pytest.raises(ModelError, match="the merged model differs from base and adapter"):
             merge(subject(run), "merged")
         assert not [entry for entry in Path().iterdir() if "merged" in entry.name]

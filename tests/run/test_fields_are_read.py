@@ -83,7 +83,8 @@ def test_every_field_of_every_section(recipe_file, train, reads, rows, tmp_path,
     labelled = [{"text": row["prompt"], "label": len(row["prompt"]) / 9} for row in rows]
     model = {"task": "sequence-classification", "problem_type": "regression", "num_labels": 1}
     data = {"train": str(write_jsonl(tmp_path / "labelled.jsonl", labelled)), "eval": None}
-    train(recipe_file("labels.yaml", model=model, data=data, training={"max_steps": 1}, output_dir="labels"))
+    small = {"model": model, "data": data, "training": {"max_steps": 1}, "quantization": {"type": "int8"}}
+    train(recipe_file("labels.yaml", **small, output_dir="labels"))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(PeftcliError):  # what only a hub's data has
         train(recipe_file("hub.yaml", data={"train": {"path": "org/no-such-set", "name": "en"}}, output_dir="hub"))

@@ -12,6 +12,7 @@ from peftcli import quantization, recipe
 from peftcli.errors import ModelError, RecipeError
 from peftcli.run import applying, planning
 from peftcli.run.exporting import export_as_lora
+from peftcli.run.merging import merge_onto
 from peftcli.run.opening import load_weights
 from peftcli.run.subject import open_subject
 from tests.conftest import Recorder
@@ -20,6 +21,9 @@ from tests.run.tasks import recipe_of, save_families
 NF4 = {"type": "nf4"}
 SMALL = {"lora": {"r": 4}, "dora": {"r": 4}, "vera": {"r": 8, "target_modules": "all-linear"}}
 each_method = pytest.mark.parametrize("name", SMALL)
+
+
+INT8 = {"type": "int8"}
 
 
 def adapter_bytes(folder):
@@ -31,7 +35,7 @@ def test_from_recipe_to_merged_model(name, recipe_file, train, model_folder):
     recorder = Recorder()
     path = recipe_file(method={"type": name, **SMALL[name]}, quantization=NF4, training={"save_steps": 2})
     facts = train(path, reporter=recorder)
-    assert "14 linear layers are held in nf4, computed in float32" in recorder.notes
+    assert "14 linear layers, 84 % of the base's weights, are held in nf4, computed in float32" in recorder.notes
     assert (facts["quantization"]["type"], facts["adapted_modules"]) == ("nf4", 14)
     assert facts["parameters"].items() <= planning.plan(recipe.load(path), Recorder()).items()
     assert "| Base held in | nf4 |" in Path("run/README.md").read_text()
@@ -147,14 +151,14 @@ class TestWhatCannotBe:
     @pytest.mark.parametrize("command", ["train", "plan"])
     def test_training_packed_weights(self, command, recipe_file, train):
         path = recipe_file(method={"type": "full"}, quantization=NF4)
-        with pytest.raises(RecipeError, match=r"full trains weights, such as .*weights of 4 bits cannot be trained"):
+        with pytest.raises(RecipeError, match=r"full trains weights, such as .*weights in nf4 cannot be trained"):
             train(path) if command == "train" else planning.plan(recipe.load(path), Recorder())
 
     def test_a_model_without_linear_layers(self, recipe_file, train, make_model, word_tokenizer, tmp_path):
         make_model("gpt2").save_pretrained(tmp_path / "gpt2")
         word_tokenizer.save_pretrained(tmp_path / "gpt2")
         path = recipe_file(model={"name": "gpt2"}, quantization=NF4)
-        with pytest.raises(RecipeError, match="no linear layers to hold in 4 bits") as caught:
+        with pytest.raises(RecipeError, match="no linear layers to hold in nf4") as caught:
             train(path, "model.name=./gpt2")
         line = next(i for i, text in enumerate(path.read_text().splitlines(), 1) if '"quantization"' in text)
         assert caught.value.problems[0].where.endswith(f":{line}")
@@ -174,3 +178,121 @@ def test_an_adapter_may_hold_a_module_in_full(recipe_file, train):
     model, _ = load_weights(subject.base, torch.device("cpu"))
     assert not quantization.is_quantised(model.model.layers[0].mlp.up_proj)
     assert quantization.is_quantised(model.model.layers[1].mlp.up_proj)
+
+
+@each_method
+def test_int8_from_recipe_to_merged_model(name, recipe_file, train, model_folder):
+    recorder = Recorder()
+    path = recipe_file(method={"type": name, **SMALL[name]}, quantization=INT8, training={"save_steps": 2})
+    facts = train(path, reporter=recorder)
+    said = "held in int8, which rounds their inputs too, but in training on a CPU"
+    assert any(note.endswith(said) for note in recorder.notes)
+    assert not any("cannot keep joined samples apart" in note for note in recorder.notes)
+
+    def stop(step):
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(path, "output_dir=other", reporter=Recorder(on_step=stop))
+    train(path, "output_dir=other", resume=True)
+    assert adapter_bytes("run") == adapter_bytes("other")
+
+    subject = open_subject(Path("run"), None, None)
+    recorder = Recorder()
+    agreement, count = applying.merge(subject, Path("run/merged"), None, recorder, overwrite=False)
+    assert (count, agreement.same_choice) == (14, 1.0)
+    assert agreement.max_difference < 1e-5
+    assert any(note.startswith("int8 rounds the inputs of its layers too") for note in recorder.notes)
+    found = applying.evaluate(open_subject(Path("run"), None, None), None, None, "cpu", Recorder())
+    assert found["adapter"] == pytest.approx(facts["result"]["eval"])
+    assert found["merged"] == pytest.approx(found["adapter"], rel=5e-2)  # without the rounding of inputs
+    assert found["merged"] != pytest.approx(found["adapter"], rel=1e-6)
+
+
+def test_an_int8_adapter_is_exported_as_exactly_as_any(recipe_file, train):
+    train(recipe_file(method={"type": "dora", "r": 4}, quantization=INT8))
+    subject = open_subject(Path("run"), None, None)
+    done = export_as_lora(subject, Path("lora"), 48, Recorder(), lossy=False, overwrite=False)
+    assert done.agreement.max_difference < 1e-5  # of full rank
+
+
+def test_skipped_layers_are_dense_wherever_the_run_goes(recipe_file, train, model_folder):
+    recorder = Recorder()
+    path = recipe_file(quantization={"type": "nf4", "skip_modules": ["up_proj", "layers.1.self_attn"]})
+    facts = train(path, reporter=recorder)
+    assert any(note.startswith("8 linear layers") for note in recorder.notes)
+    assert facts["quantization"]["skip_modules"] == ["up_proj", "layers.1.self_attn"]
+    subject = open_subject(Path("run"), None, None)
+    model, _ = load_weights(subject.base, torch.device("cpu"))
+    assert sum(quantization.is_quantised(module) for module in model.modules()) == 8
+    recorder = Recorder()
+    agreement, _ = applying.merge(subject, Path("merged"), None, recorder, overwrite=False)
+    assert agreement.max_difference < 1e-5
+    assert recorder.notes[0].startswith("the 8 linear layers that were held in nf4")
+    found = applying.evaluate(subject, None, None, "cpu", Recorder())
+    assert found["adapter"] == pytest.approx(facts["result"]["eval"])
+
+
+@pytest.mark.parametrize("command", ["train", "plan"])
+def test_a_skipped_layer_that_is_not_there_is_an_error_with_its_line(command, recipe_file, train):
+    path = recipe_file(quantization={"type": "nf4", "skip_modules": ["up_porj"]})
+    with pytest.raises(RecipeError, match=r'quantization\.skip_modules: no linear layer matches "up_porj"') as caught:
+        train(path) if command == "train" else planning.plan(recipe.load(path), Recorder())
+    line = next(i for i, text in enumerate(path.read_text().splitlines(), 1) if '"skip_modules"' in text)
+    assert caught.value.problems[0].where.endswith(f":{line}")
+
+
+def test_a_section_that_skips_everything_is_an_error(recipe_file):
+    path = recipe_file(quantization={"type": "nf4", "skip_modules": "layers"})
+    with pytest.raises(RecipeError, match="no linear layers to hold in nf4 beside those of skip_modules"):
+        planning.plan(recipe.load(path), Recorder())
+
+
+class TestBothBases:
+    @pytest.fixture
+    def subject(self, recipe_file, train):
+        train(recipe_file(quantization=NF4))
+        return open_subject(Path("run"), None, None)
+
+    def test_into_the_original_weights(self, subject, model_folder):
+        found, count = merge_onto(subject, Path("merged"), None, "original", Recorder(), overwrite=False)
+        assert count == 14
+        assert list(found) == ["dequantised", "original"]
+        assert found["dequantised"].max_difference < 1e-5
+        assert found["original"].max_difference > 1e-3  # the rounding of 4 bits
+        assert 0 < found["original"].mean_divergence < 1
+        stored, merged = (load_file(Path(folder) / "model.safetensors") for folder in (model_folder, "merged"))
+        tensors = load_file(Path("run/adapter_model.safetensors"))
+        key = "model.layers.0.mlp.up_proj"
+        A, B = (tensors[f"base_model.model.{key}.lora_{letter}.weight"] for letter in "AB")
+        scale = recipe.load(Path("run/recipe.yaml")).recipe.method.get("alpha", 8) / len(A)
+        expected = stored[f"{key}.weight"] + scale * B @ A
+        assert torch.allclose(merged[f"{key}.weight"], expected, rtol=0, atol=1e-6)
+        assert {entry.name for entry in Path().iterdir() if "merged" in entry.name} == {"merged"}
+
+    def test_into_the_dequantised_ones_it_is_the_default_with_both_errors(self, subject):
+        found, _ = merge_onto(subject, Path("merged"), None, "dequantised", Recorder(), overwrite=False)
+        agreement, _ = applying.merge(subject, Path("plain"), None, Recorder(), overwrite=False)
+        assert found["dequantised"] == agreement
+        assert found["original"].max_difference > 100 * agreement.max_difference
+        assert Path("merged/model.safetensors").read_bytes() == Path("plain/model.safetensors").read_bytes()
+
+    def test_on_the_command_line(self, subject, cli):
+        code, out, _ = cli("merge", "run", "--base", "original", "--json")
+        report = json.loads(out)
+        assert (code, report["base"], set(report["compared"])) == (0, "original", {"dequantised", "original"})
+        assert report["max_difference"] == report["compared"]["original"]["max_difference"]
+        code, out, _ = cli("merge", "run", "--base", "dequantised", "--overwrite")
+        assert "onto the dequantised base, compared on" in out
+        assert "onto the original base, compared on" in out
+        code, _, err = cli("merge", "run", "--base", "best", "--overwrite")
+        assert (code, "is none of dequantised, original" in err) == (2, True)
+
+    def test_a_dense_base_is_but_one(self, recipe_file, train):
+        train(recipe_file())
+        for base in ("original", "dequantised"):
+            with pytest.raises(RecipeError, match="was not quantised for the training, so there is only one"):
+                merge_onto(
+                    open_subject(Path("run"), None, None), Path("merged"), None, base, Recorder(), overwrite=False
+                )

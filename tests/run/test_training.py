@@ -15,7 +15,7 @@ from torch import nn
 
 from peftcli import files, methods, models, recipe
 from peftcli.errors import DataError, HostError, ModelError, NumericalError, RecipeError
-from peftcli.run.training import TrainOptions, open_folder
+from peftcli.run.folder import TrainOptions, open_folder
 from tests.conftest import Recorder, write_jsonl
 from tests.tolerances import EXACT, HALF
 
