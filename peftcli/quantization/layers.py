@@ -24,7 +24,11 @@ def packable(model: nn.Module, keep: Collection[str] = ()) -> list[str]:
 
 
 def quantize(
-    model: nn.Module, section: QuantizationSection, keep: Collection[str] = (), device: torch.device | None = None
+    model: nn.Module,
+    section: QuantizationSection,
+    keep: Collection[str] = (),
+    device: torch.device | None = None,
+    hold_on: torch.device | None = None,
 ) -> int:
     """Packs the weights of the linear layers of `model` as `section` says, and returns how many layers these are.
 
@@ -34,7 +38,8 @@ def quantize(
         model: The base model with its weights, nothing grafted onto it.
         section: How to pack them.
         keep: Paths of linear layers that stay as they are.
-        device: Where the packed weights go; None: where each is.
+        device: Where they are packed and will compute; None: where each is.
+        hold_on: Where the packed weights lie until then; None: there.
 
     Raises:
         ModelError: The model has no linear layer.
@@ -45,7 +50,8 @@ def quantize(
     for name in names:
         module = model.get_submodule(name)
         assert isinstance(module, nn.Linear)
-        model.set_submodule(name, _packed(module, section, device or module.weight.device))
+        layer = _packed(module, section, device or module.weight.device)
+        model.set_submodule(name, layer if hold_on is None else _held_on(layer, hold_on))
     return len(names)
 
 
@@ -55,6 +61,14 @@ def _packed(linear: nn.Linear, section: QuantizationSection, device: torch.devic
     if linear.bias is not None:
         layer.bias = nn.Parameter(linear.bias.detach().to(device), requires_grad=linear.bias.requires_grad)
     return layer.train(linear.training)
+
+
+def _held_on(layer: Any, device: torch.device) -> nn.Linear:
+    """Returns a layer of 4 bits with its bytes, and how they are to be read, on another device."""
+    layer.weight = layer.weight.to(device)
+    layer.quant_state = layer.weight.quant_state
+    moved: nn.Linear = layer
+    return moved
 
 
 def _in_4_bits(linear: nn.Linear, section: QuantizationSection, device: torch.device) -> nn.Linear:

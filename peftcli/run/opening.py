@@ -142,23 +142,35 @@ def _with_padding(base: Base) -> Base:
 
 
 def load_weights(
-    base: Base, device: torch.device, seed: int = 0, reporter: Reporter | None = None, *, wide: bool = False
+    base: Base,
+    device: torch.device,
+    seed: int = 0,
+    reporter: Reporter | None = None,
+    *,
+    wide: bool = False,
+    hold_on: torch.device | None = None,
 ) -> tuple[PreTrainedModel, list[str]]:
-    """Returns the base model with its weights on `device`, and the names of the parameters that start anew.
+    """Returns the base model with its weights, and the names of the parameters that start anew.
 
-    `wide` holds the weights in float32 where the recipe leaves it open, because they are to train themselves.
+    Args:
+        base: The model, opened.
+        device: Where it will compute, which decides its dtypes.
+        seed: Decides the start of what starts anew.
+        reporter: Where is noted what was packed.
+        wide: Hold the weights in float32 where the recipe leaves it open, because they are to train themselves.
+        hold_on: Where the weights lie for now, if not on `device`, which may have no room for all of them.
     """
-    section = base.section
+    section, home = base.section, hold_on or device
     if wide and section.dtype == "auto":
         section = section.model_copy(update={"dtype": "float32"})
-    if base.quantization is None:
-        return models.load_model(section, base.source, base.config, device, seed)
     dtype = str(models.resolve_dtype(section, base.config, device)).removeprefix("torch.")
     section = section.model_copy(update={"dtype": dtype})
+    if base.quantization is None:
+        return models.load_model(section, base.source, base.config, home, seed)
     if base.comes_packed:
-        return load_packed(base, section, device, seed, reporter)
+        return load_packed(base, section, device, seed, reporter, home)
     model, fresh = models.load_model(section, base.source, base.config, torch.device("cpu"), seed)
-    return pack(model, base, fresh, device, reporter), fresh
+    return pack(model, base, fresh, device, reporter, home), fresh
 
 
 def check_method(loaded: LoadedRecipe) -> tuple[type[Method], MethodConfig]:

@@ -127,36 +127,47 @@ def _skipped(model: nn.Module, wanted: str | list[str] | None, problems: list[Pr
 
 
 def pack(
-    model: PreTrainedModel, base: Base, fresh: Sequence[str], device: torch.device, reporter: Reporter | None
+    model: PreTrainedModel,
+    base: Base,
+    fresh: Sequence[str],
+    device: torch.device,
+    reporter: Reporter | None,
+    home: torch.device,
 ) -> PreTrainedModel:
-    """Returns `model`, whose parameters `fresh` start anew, on `device` with its linear layers packed as `base` says.
+    """Returns `model`, whose parameters `fresh` start anew, on `home` with its linear layers packed as `base` says.
 
-    They are packed one by one as they go there: the device may have no room for all of them as they are.
+    They are packed one by one on `device`, where they will compute: it may have no room for all of them as they are.
     """
     section = base.quantization
     assert section is not None
     dense = [*base.dense, *(name.rpartition(".")[0] for name in fresh)]
     kept = _kept(model, section, dense)
-    count = quantization.quantize(model, section, kept, device)
+    count = quantization.quantize(model, section, kept, device, home if home != device else None)
     left = quantization.packable(model, kept)
     assert not left, f"{left[0]} was to be packed and is not"
     if reporter is not None:
         reporter.note(_said(model, count, section, device))
-    placed: PreTrainedModel = model.to(device)  # type: ignore[arg-type]
+    placed: PreTrainedModel = model.to(home)  # type: ignore[arg-type]
     return placed
 
 
 def load_packed(
-    base: Base, wanted: ModelSection, device: torch.device, seed: int, reporter: Reporter | None
+    base: Base,
+    wanted: ModelSection,
+    device: torch.device,
+    seed: int,
+    reporter: Reporter | None,
+    home: torch.device,
 ) -> tuple[PreTrainedModel, list[str]]:
-    """Returns a model that comes packed on `device`, and the names of the parameters that start anew.
+    """Returns a model that comes packed, on `home`, and the names of the parameters that start anew.
 
     Args:
         base: The model, opened.
         wanted: Its section, with the dtype of what is not packed.
-        device: Where it goes.
+        device: Where it will compute.
         seed: Decides the start of what starts anew.
         reporter: Where the note goes that says so.
+        home: Where it lies for now.
     """
     section = base.quantization
     assert section is not None
@@ -164,7 +175,7 @@ def load_packed(
     paths = packed_paths(skeleton, section)
     dense = set(quantization.packable(skeleton)) - set(paths)
     quantization.bitsandbytes()  # before transformers imports it, and lets it warn
-    model, fresh = models.load_model(wanted, base.source, base.config, device, seed, dense)
+    model, fresh = models.load_model(wanted, base.source, base.config, home, seed, dense)
     dtype = models.resolve_dtype(wanted, base.config, device)
     quantization.adopt(model, section, paths, dtype, device)
     if reporter is not None:

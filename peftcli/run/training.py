@@ -146,9 +146,9 @@ def _open_job(
     config = settle(loaded, method, config, base, prepared, group.count)
     show(render(prepared.train, 0, base.processor, prepared.meaning.labels))
     reporter.stage("loading the base model")
-    # What is to be spread need not fit on one device: it is put there layer by layer.
-    device = torch.device("cpu") if spread else group.device
-    model, fresh = load_weights(base, device, wanted.training.seed, reporter, wide=fit.trains_base)
+    # What is to be spread need not fit on one device: it goes there layer by layer.
+    home = torch.device("cpu") if spread else None
+    model, fresh = load_weights(base, group.device, wanted.training.seed, reporter, wide=fit.trains_base, hold_on=home)
     joins = _may_join(wanted, model, method.obstacle(config, "flat"), reporter)
     inject.graft(model, method, config, wanted.training.seed, trained=fresh)
     inject.widen_trained(model)
