@@ -114,7 +114,7 @@ def train(
                 _write_start(job)
             group.wait()
             found = _write_end(job, _run_loop(job, accelerator, resumed, reporter))
-        distributed.end()
+        group.end()
     return found
 
 

@@ -44,11 +44,13 @@ class Processes:
         place: Where this one stands among them.
         device: What it computes on.
         backend: What carries their messages, such as nccl; None where there is nobody to talk to.
+        is_own: Whether their connection was made for this run, and so ends with it.
     """
 
     place: Place
     device: torch.device
     backend: str | None = None
+    is_own: bool = True
 
     @property
     def count(self) -> int:
@@ -96,6 +98,12 @@ class Processes:
     def wait(self) -> None:
         """Returns when every process has come here."""
         self.of_first(0)
+
+    def end(self) -> None:
+        """Takes leave of the other processes when all are done, so that none finds the connection cut."""
+        self.wait()
+        if self.count > 1 and self.is_own:
+            torch.distributed.destroy_process_group()
 
     def add_gradients(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Gives each parameter the mean over all processes of its gradients; one that none of them has stays None.
@@ -161,6 +169,7 @@ def begin(section: DistributedSection, precision: str, device: torch.device) -> 
         torch.set_num_threads(threads)
     if place.count > 1 and device.type == "cuda":
         torch.cuda.set_device(place.local_rank)
+    is_own = not (torch.distributed.is_available() and torch.distributed.is_initialized())  # Ray comes connected
     handlers = [InitProcessGroupKwargs(timeout=timedelta(seconds=section.timeout))]
     accelerator = Accelerator(mixed_precision=precision, cpu=device.type == "cpu", kwargs_handlers=handlers)
     found = int(accelerator.num_processes)
@@ -171,7 +180,7 @@ def begin(section: DistributedSection, precision: str, device: torch.device) -> 
         )
     if place.count == 1:
         return accelerator, Processes(place, device)
-    return accelerator, Processes(place, accelerator.device, str(torch.distributed.get_backend()))
+    return accelerator, Processes(place, accelerator.device, str(torch.distributed.get_backend()), is_own)
 
 
 def _require_as_asked(section: DistributedSection, place: Place) -> None:
@@ -216,12 +225,6 @@ def losses_explained(timeout: int) -> Iterator[None]:
         if _LOST.search(said):
             raise PeerLostError("another process of this run has ended") from error
         raise
-
-
-def end() -> None:
-    """Takes leave of the other processes, so that none finds the connection cut."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def facts(group: Processes) -> dict[str, Any]:

@@ -4,6 +4,8 @@ import json
 import sys
 from pathlib import Path
 
+import torch
+
 from peftcli import recipe
 from peftcli.reporting import Silent
 from peftcli.run.folder import TrainOptions
@@ -21,5 +23,5 @@ def main(jobs):
 
 
 if __name__ == "__main__":
-    distributed.end = lambda: None  # the connection serves all jobs
+    distributed.begin(recipe.DistributedSection(), "no", torch.device("cpu"))  # one connection, which serves all jobs
     main(sys.argv[1])

@@ -1,0 +1,89 @@
+"""What two processes add up, checked in both: run by `test_processes.py` under torchrun."""
+
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from peftcli import processes, recipe
+from peftcli.errors import HostError, PeerLostError
+from peftcli.training import distributed
+
+
+def check_sums(group):
+    rank = group.place.rank
+    assert group.sums(1 + rank, torch.tensor(0.5), rank == 1) == [3.0, 1.0, 1.0]
+    assert group.sums(2**53 - 1 if rank else 0) == [2**53 - 1]  # counts are not rounded to float32
+
+
+def check_rows(group):
+    rank = group.place.rank
+    mine = torch.arange(3 * (rank + 1)).reshape(rank + 1, 3) + 100 * rank
+    assert group.rows(mine).tolist() == [[0, 1, 2], [100, 101, 102], [103, 104, 105]]
+    none = torch.zeros(0, 2, dtype=torch.float64) if rank else torch.ones(2, 2, dtype=torch.float64)
+    assert group.rows(none).tolist() == [[1.0, 1.0], [1.0, 1.0]]
+    assert group.rows(none).dtype == torch.float64
+    assert group.of_first(7 - rank) == 7
+
+
+def check_gradients(group, bucket_size):
+    distributed.BUCKET_SIZE = bucket_size
+    rank = group.place.rank
+    names = ("both", "only here", "nowhere", "wide")
+    parameters = {name: nn.Parameter(torch.zeros(2, 3)) for name in names}
+    parameters["wide"] = nn.Parameter(torch.zeros(4, dtype=torch.float64))
+    parameters["both"].grad = torch.full((2, 3), 1.0 + rank)
+    parameters["wide"].grad = torch.full((4,), 2.0 * rank, dtype=torch.float64)
+    if rank == 1:
+        parameters["only here"].grad = torch.full((2, 3), 8.0)
+    group.add_gradients(parameters)
+    found = {name: one.grad for name, one in parameters.items()}
+    assert found["both"].tolist() == [[1.5] * 3] * 2
+    assert found["only here"].tolist() == [[4.0] * 3] * 2
+    assert found["nowhere"] is None
+    assert found["wide"].tolist() == [1.0] * 4
+    assert found["wide"].dtype == torch.float64
+
+
+def check_what_was_asked():
+    """As many processes as the recipe says, or none."""
+    for asked, fits in (("auto", True), (2, True), (3, False)):
+        section = recipe.DistributedSection(num_processes=asked)
+        if fits:
+            distributed._require_as_asked(section, processes.here())
+        else:
+            with pytest.raises(HostError, match="3 were asked for, and 2 were started"):
+                distributed._require_as_asked(section, processes.here())
+
+
+def check_losses():
+    """How a torn connection is told from an error of our own."""
+    for text, kind in (
+        ("[gloo] Connection closed by peer [127.0.0.1]:1", PeerLostError),
+        ("[gloo] Timed out waiting 5000ms for recv operation to complete", HostError),
+        ("The size of tensor a (3) must match", RuntimeError),
+    ):
+        with pytest.raises(kind) as caught, distributed.losses_explained(5):
+            raise RuntimeError(text)
+        assert type(caught.value) is kind
+
+
+def main():
+    accelerator, group = distributed.begin(recipe.DistributedSection(), "no", torch.device("cpu"))
+    assert (group.count, group.backend, accelerator.num_processes) == (2, "gloo", 2)
+    check_sums(group)
+    check_rows(group)
+    for bucket_size in (1, 7, 10**6):
+        check_gradients(group, bucket_size)
+    check_what_was_asked()
+    check_losses()
+    assert group.is_own
+    assert not distributed.begin(recipe.DistributedSection(), "no", torch.device("cpu"))[1].is_own
+    group.end()
+    assert not torch.distributed.is_initialized()
+    sys.stderr.write("all held\n")
+
+
+if __name__ == "__main__":
+    main()
