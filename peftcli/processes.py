@@ -6,6 +6,7 @@ command line asks before it loads anything.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from peftcli.errors import PeftcliError
 
 OUTCOME_FILE = "peftcli-outcome.json"
+DONE_PREFIX = "peftcli-done-"
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 _THREADS = "OMP_NUM_THREADS"
 
@@ -110,6 +112,19 @@ def outcome_file() -> Path | None:
     """Returns where the first process to fail says so; None where the launcher gives no such place."""
     error_file = os.environ.get(_ERROR_FILE)
     return Path(error_file).parent.parent / OUTCOME_FILE if error_file else None
+
+
+def say_done() -> None:
+    """Leaves word for the launcher that this process has done its work, in case others end badly after it."""
+    outcome = outcome_file()
+    if outcome is not None:
+        with contextlib.suppress(OSError):
+            outcome.with_name(f"{DONE_PREFIX}{here().rank}").touch()
+
+
+def num_done(folder: Path) -> int:
+    """Returns how many processes have said in a launcher's folder that they have done their work."""
+    return len(list(folder.rglob(f"{DONE_PREFIX}*")))
 
 
 def outcome_in(folder: Path) -> tuple[int, int] | None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from peftcli import processes
 from peftcli.cli import console
 from peftcli.cli.progress import make_reporter
-from peftcli.errors import RecipeError
+from peftcli.errors import EXIT_INTERRUPTED_TWICE, RecipeError
 
 RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]
 Overrides = Annotated[
@@ -53,7 +55,10 @@ def train(
         typer.echo(launching.line(launch, _worker_arguments()))
         return
     if launch.is_needed:
-        raise typer.Exit(launching.start(launch, sys.argv[1:]))
+        code = launching.start(launch, sys.argv[1:])
+        if code > 128 and code != EXIT_INTERRUPTED_TWICE:  # outside training, with nothing to save
+            console.stderr.print(f"ended by {signal.Signals(code - 128).name}")
+        raise typer.Exit(code)
     from peftcli.run.folder import TrainOptions
     from peftcli.run.training import train as run_train
 
@@ -63,6 +68,7 @@ def train(
         make_reporter(),
         lambda segments: console.print_sample(segments, "the first training sample"),
     )
+    processes.say_done()
     if not facts:  # another process speaks for the run
         return
     if json:

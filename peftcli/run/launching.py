@@ -21,12 +21,16 @@ from peftcli import processes
 from peftcli.errors import EXIT_INTERRUPTED_TWICE, HostError, RecipeError
 
 if TYPE_CHECKING:
+    from torch.distributed.launcher.api import LaunchConfig
+
     from peftcli.recipe import DistributedSection
 
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGUSR1"
 """What the launcher passes on. By itself it would let SIGUSR1, a scheduler's warning, end it and leave the workers."""
 GRACE_SECONDS = 600
 """How long workers that were asked to stop may take to finish their step and save."""
+_GRACE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+"""The variable that tells torch's launcher so. torch before 2.12 does not read it and waits 30 seconds."""
 DEFAULT_ENDPOINT = "HOST:29500"
 
 
@@ -35,7 +39,8 @@ class Launch:
     """Which processes a run wants.
 
     Attributes:
-        per_machine: Processes on each machine; None where each is to have one for each of its GPUs.
+        per_machine: Processes on each machine; None where each is to have one for each of its GPUs, and this one,
+            which may be a cluster's login node, has none.
         machines: How many machines.
         endpoint: `host:port` of the machine where they all meet; None for one machine.
         run_id: What tells this run from others that meet there.
@@ -75,15 +80,20 @@ def plan(
             f"--device: {device} is one device, and distributed.num_processes asks for {asked} of them",
             hint=f"name the kind alone: --device {device.partition(':')[0]}",
         )
-    count = _num_devices(device) if asked == "auto" else asked
+    count = _num_devices(device, machines) if asked == "auto" else asked
     on_cpu = device == "cpu" or _num_accelerators() == 0
-    threads = processes.threads_each(count) if on_cpu else None
+    threads = processes.threads_each(count or 1) if on_cpu else None
     return Launch(count, machines, endpoint, run_id or "peftcli", section.timeout, threads)
 
 
-def _num_devices(device: str | None) -> int:
-    """Returns how many processes suit this machine: one for each accelerator, unless one device was named."""
-    return 1 if device is not None and (device == "cpu" or ":" in device) else max(1, _num_accelerators())
+def _num_devices(device: str | None, machines: int) -> int | None:
+    """Returns how many processes suit a machine: one for each accelerator, unless one device was named.
+
+    None where there are several machines and no accelerator here to tell how many the others have.
+    """
+    if device is not None and (device == "cpu" or ":" in device):
+        return 1
+    return _num_accelerators() or (1 if machines == 1 else None)
 
 
 def _num_accelerators() -> int:
@@ -94,7 +104,9 @@ def _num_accelerators() -> int:
 
 def line(launch: Launch, arguments: Sequence[str]) -> str:
     """Returns the command that each machine runs to start `launch` without peftcli's own launcher."""
-    before = [f"OMP_NUM_THREADS={launch.threads}"] if launch.threads is not None else []
+    before = [f"{_GRACE}={GRACE_SECONDS}"]
+    if launch.threads is not None and launch.per_machine is not None:
+        before.append(f"OMP_NUM_THREADS={launch.threads}")
     meeting = ["--standalone"]
     if launch.machines > 1:
         meeting = [
@@ -116,7 +128,8 @@ def start(launch: Launch, arguments: Sequence[str]) -> int:
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    _quiet_launcher()
+    _quiet_torch()
+    os.environ.setdefault(_GRACE, str(GRACE_SECONDS))
     if launch.threads is not None:
         os.environ.setdefault("OMP_NUM_THREADS", str(launch.threads))
     with tempfile.TemporaryDirectory(prefix="peftcli-launch-") as folder:
@@ -125,25 +138,41 @@ def start(launch: Launch, arguments: Sequence[str]) -> int:
         except ChildFailedError as error:
             return _exit_code(Path(folder), error, launch.machines)
         except Exception as error:
+            said = processes.outcome_in(Path(folder))
+            if said is not None:  # what a process has said is why, whatever the launcher then met with
+                return said[1]
+            if launch.per_machine == processes.num_done(Path(folder)):  # another machine's launcher left the sooner
+                return 0
             stopped = getattr(error, "sigval", None)  # torch's SignalException, which has no public name
             if stopped is None:
                 raise _not_met(launch, error) from error
-            said = processes.outcome_in(Path(folder))
-            return (
-                said[1] if said is not None else EXIT_INTERRUPTED_TWICE if stopped == signal.SIGINT else 128 + stopped
-            )
+            return EXIT_INTERRUPTED_TWICE if stopped == signal.SIGINT else 128 + int(stopped)
     return 0
 
 
-def _run(launch: Launch, arguments: Sequence[str], folder: str) -> None:
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+def _quiet_torch() -> None:
+    """Silences torch's launcher, which reports what is reported here. Its loggers have levels of their own."""
+    import torch.distributed.launcher.api  # noqa: F401 - makes them all
 
-    assert launch.per_machine is not None
-    config = LaunchConfig(
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def _run(launch: Launch, arguments: Sequence[str], folder: str) -> None:
+    from torch.distributed.launcher.api import elastic_launch
+
+    elastic_launch(_config(launch, folder), sys.executable)("-m", "peftcli", *arguments)
+
+
+def _config(launch: Launch, folder: str) -> LaunchConfig:
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.launcher.api import LaunchConfig
+
+    return LaunchConfig(
         min_nodes=launch.machines,
         max_nodes=launch.machines,
-        nproc_per_node=launch.per_machine,
+        nproc_per_node=launch.per_machine or 1,
         run_id=launch.run_id,
         rdzv_backend="c10d",
         rdzv_endpoint=launch.endpoint or "localhost:0",
@@ -153,18 +182,7 @@ def _run(launch: Launch, arguments: Sequence[str], folder: str) -> None:
         logs_specs=DefaultLogsSpecs(log_dir=folder),
         local_addr="localhost" if launch.machines == 1 else None,
         signals_to_handle=SIGNALS,
-        shutdown_timeout=GRACE_SECONDS,
     )
-    elastic_launch(config, sys.executable)("-m", "peftcli", *arguments)
-
-
-def _quiet_launcher() -> None:
-    """Silences what torch's launcher says of signals and failures, which is said here in the user's terms."""
-    import torch.distributed.launcher.api  # noqa: F401 - each of its parts makes a logger with a level of its own
-
-    for name in list(logging.root.manager.loggerDict):
-        if name.startswith("torch.distributed.elastic"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _exit_code(folder: Path, error: Any, machines: int) -> int:
