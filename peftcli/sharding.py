@@ -74,6 +74,15 @@ def _move_rest(module: nn.Module, device: torch.device) -> None:
         module.quant_state.to(device)
 
 
+def reshard(model: Any) -> None:
+    """Lets go of what a forward pass without a backward pass has left gathered: the weights at the root.
+
+    Until then the model's parameters there are not those that the optimizer knows. Does nothing if none is spread.
+    """
+    if hasattr(model, "reshard"):
+        model.reshard()
+
+
 def is_spread(tensor: Tensor) -> bool:
     """Returns whether `tensor` is a DTensor; asked so that one process alone need not import what those are."""
     return hasattr(tensor, "full_tensor")

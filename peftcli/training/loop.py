@@ -269,6 +269,7 @@ class Trainer:
         assert self.task.evaluate is not None
         with self.accelerator.autocast():
             metrics = self.task.evaluate()
+        sharding.reshard(self.task.model)
         self.task.model.train()
         self.meter.restart_clock()
         self._log(metrics)

@@ -5,10 +5,13 @@ import sys
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
-from peftcli import processes, recipe
-from peftcli.errors import HostError, PeerLostError
-from peftcli.training import distributed
+from peftcli import inject, manifest, processes, quantization, recipe, sharding
+from peftcli.errors import HostError, ModelError, PeerLostError
+from peftcli.training import checks, distributed
+from tests.conftest import tiny_llama_config
+from tests.methods.building import adapt
 
 
 def check_sums(group):
@@ -69,6 +72,61 @@ def check_losses():
         assert type(caught.value) is kind
 
 
+def tiny(**changes):
+    torch.manual_seed(7)
+    return AutoModelForCausalLM.from_config(tiny_llama_config(**changes)).eval()
+
+
+def check_spreading(group, *, packed):
+    """The base is spread, what trains is not, and the answers are to the bit those of the whole model."""
+    model, ids = tiny(), torch.arange(2, 20)[None]
+    if packed:
+        assert quantization.quantize(model, recipe.QuantizationSection(), {"lm_head"}) == 14
+    adapt(model, "vera", "all-linear")
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+    whole = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    counts = manifest.parameter_counts(model)
+    assert sharding.shard(model, group.device, group.count) == 3  # two layers and the rest
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, expected)
+    sharding.reshard(model)
+    own = {f"{path}.{name}" for path, part in inject.parts(model).items() for name, _ in part.named_parameters()}
+    spread = {name: one for name, one in model.named_parameters() if sharding.is_spread(one)}
+    assert set(spread) == set(whole) - own
+    assert all(torch.equal(sharding.whole(one.detach()), whole[name]) for name, one in spread.items())
+    count, size = sharding.shares(model)
+    total = sum(whole[name].nbytes for name in spread)
+    assert count == len(spread)
+    assert total / 2 <= size <= total / 2 + 64 * len(spread)  # odd sizes are filled up
+    assert f"fsdp2: {count} tensors are spread" in checks.what_is_spread(model)
+    if not packed:
+        assert manifest.parameter_counts(model) == counts
+
+
+def check_putting_back():
+    """What is read from a file goes to each process's share."""
+    model = tiny()
+    adapt(model, "full")
+    group = distributed.begin(recipe.DistributedSection(), "no", torch.device("cpu"))[1]
+    sharding.shard(model, group.device, group.count)
+    (name, parameter), *_ = model.named_parameters()
+    assert sharding.is_spread(parameter), name
+    wanted = torch.arange(parameter.numel(), dtype=torch.float32).view(parameter.shape)
+    with torch.no_grad():
+        parameter.copy_(sharding.like(wanted, parameter))
+    assert torch.equal(sharding.whole(parameter.detach()), wanted)
+    other = torch.zeros(3)
+    assert sharding.like(other, parameter) is other, "a step counter is not spread"
+
+
+def check_no_layers(group):
+    with pytest.raises(ModelError, match="cannot find this model's layers"):
+        sharding.shard(nn.Linear(2, 2), group.device, group.count)
+    with pytest.raises(HostError, match="has spread no parameter"):
+        checks.what_is_spread(nn.Linear(2, 2))
+
+
 def main():
     accelerator, group = distributed.begin(recipe.DistributedSection(), "no", torch.device("cpu"))
     assert (group.count, group.backend, accelerator.num_processes) == (2, "gloo", 2)
@@ -78,6 +136,10 @@ def main():
         check_gradients(group, bucket_size)
     check_what_was_asked()
     check_losses()
+    for packed in (False, True):
+        check_spreading(group, packed=packed)
+    check_putting_back()
+    check_no_layers(group)
     assert group.is_own
     assert not distributed.begin(recipe.DistributedSection(), "no", torch.device("cpu"))[1].is_own
     group.end()

@@ -26,6 +26,7 @@ SETTINGS = {
     "adamw": ["training.optim=adamw", "training.learning_rate=0.002"],
 }
 CASES = [(name, base, "sgd") for name in NAMES for base in ("fp32", "nf4") if base == "fp32" or name in QUANTISED]
+CASES += [("full", "fp32", "adamw")]  # whose optimizer's state is spread too
 CASES += [(name, base, "adamw") for name in QUANTISED for base in ("fp32", "nf4")]
 FURTHER = {
     "accumulated": ["training.gradient_accumulation_steps=2"],
