@@ -71,10 +71,6 @@ def plan(
         RecipeError: They do not fit together.
     """
     asked = section.num_processes
-    if machines > 1 and endpoint is None and not processes.here().launched:
-        raise RecipeError(
-            "--nnodes: machines need a place to meet", hint="name the first one: --rdzv-endpoint HOST:29500"
-        )
     if device is not None and ":" in device and asked not in ("auto", 1):
         raise RecipeError(
             f"--device: {device} is one device, and distributed.num_processes asks for {asked} of them",
@@ -124,8 +120,13 @@ def start(launch: Launch, arguments: Sequence[str]) -> int:
     """Runs `peftcli` with `arguments` in each process of `launch`, waits for all, and returns the run's exit code.
 
     Raises:
+        RecipeError: Several machines have no place to meet.
         HostError: A process was killed, or the machines did not meet.
     """
+    if launch.machines > 1 and launch.endpoint is None:
+        raise RecipeError(
+            "--nnodes: machines need a place to meet", hint="name the first one: --rdzv-endpoint HOST:29500"
+        )
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     _quiet_torch()

@@ -118,19 +118,21 @@ def test_a_line_printed_where_there_is_no_gpu_uses_all_of_the_others(gpus, devic
     assert (torchrun.nproc_per_node, "OMP_NUM_THREADS" in variables) == ("gpu", False)
 
 
-def test_several_machines_without_gpus_have_one_process_each(gpus):
+def test_several_machines_without_gpus_have_one_process_each(gpus, tmp_path):
     gpus(0)
     named = launching.plan(DistributedSection(), "cpu", 2, "gpu1:29500", None)
     assert by_shell(launching.line(named, []))[1].nproc_per_node == "1"
-    assert launching._config(named, "logs").nproc_per_node == 1
+    assert launching._config(named, str(tmp_path)).nproc_per_node == 1
     left_out = launching.plan(DistributedSection(), None, 2, "gpu1:29500", None)
-    assert launching._config(left_out, "logs").nproc_per_node == 1
+    assert launching._config(left_out, str(tmp_path)).nproc_per_node == 1
     assert left_out.threads == processes.threads_each(1)
 
 
 def test_machines_need_a_place_to_meet():
+    launch = launching.plan(DistributedSection(), "cpu", 2, None, None)
+    assert "--rdzv-endpoint=HOST:29500" in launching.line(launch, [])  # to be filled in
     with pytest.raises(RecipeError, match="a place to meet") as raised:
-        launching.plan(DistributedSection(), "cpu", 2, None, None)
+        launching.start(launch, [])
     assert "--rdzv-endpoint" in raised.value.problems[0].hint
 
 
