@@ -194,10 +194,10 @@ def test_machines_that_do_not_meet_are_told_of_it(monkeypatch):
         ends(monkeypatch, RendezvousConnectionError())
 
 
-def test_the_launcher_waits_for_a_checkpoint_and_leaves_the_talking_to_peftcli(monkeypatch):
+def test_the_launcher_waits_for_a_checkpoint_and_leaves_the_talking_to_peftcli(monkeypatch, tmp_path):
     ends(monkeypatch, EndedError(signal.SIGUSR1), said=75)
     assert os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == str(launching.GRACE_SECONDS)
-    assert launching._config(Launch(1), "logs").shutdown_timeout == launching.GRACE_SECONDS
+    assert launching._config(Launch(1), str(tmp_path)).shutdown_timeout == launching.GRACE_SECONDS
     for name in ("agent.server.api", "multiprocessing.api", "rendezvous.dynamic_rendezvous"):
         assert not logging.getLogger(f"torch.distributed.elastic.{name}").isEnabledFor(logging.ERROR)
 
