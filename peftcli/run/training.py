@@ -157,6 +157,7 @@ def _open_job(
     counts = manifest.parameter_counts(model)
     _note_sizes(model, counts, precision, reporter)
     _note_processes(group, wanted.training, reporter)
+    checks.all_are_alike(group, prepared.train.fingerprint, model)
     if wanted.training.gradient_checkpointing:
         _checkpoint_activations(model)
     if spread:

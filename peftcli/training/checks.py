@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +74,33 @@ def what_runs(accelerator: Accelerator, group: Processes, precision: str) -> Non
     started = torch.distributed.get_world_size() if group.backend is not None else 1
     if started != group.count:
         raise HostError(f"{group.count} processes were started, and {started} are connected")
+
+
+def all_are_alike(group: Processes, samples: str, model: nn.Module) -> None:
+    """Raises a HostError where the processes have read other data or another base: each would pull its own way.
+
+    Args:
+        group: The processes.
+        samples: The fingerprint of the training samples.
+        model: The base with its adapters, not yet spread.
+    """
+    if group.count == 1:
+        return
+    for what, text in (("training data", samples), ("model", fingerprint(model))):
+        if not group.alike(text):
+            raise HostError(
+                f"the {what} of this run is not the same for all its processes",
+                hint="every machine must read the same files; for a hub id, set the revision to a commit",
+            )
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Returns a digest of a few numbers of each parameter of `model`: enough to tell one checkpoint from another."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        some = parameter.detach().flatten()[:16].cpu().contiguous()
+        digest.update(f"{name} {list(parameter.shape)} {some.tolist()}".encode())
+    return digest.hexdigest()
 
 
 def what_is_spread(model: nn.Module) -> str:

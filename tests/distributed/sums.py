@@ -30,6 +30,21 @@ def check_rows(group):
     assert group.of_first(7 - rank) == 7
 
 
+def check_alike(group):
+    """Processes that have read other data, or another model, do not train together."""
+    model = nn.Linear(3, 2)
+    torch.manual_seed(1)
+    nn.init.normal_(model.weight)
+    nn.init.zeros_(model.bias)
+    checks.all_are_alike(group, "the same", model)
+    with pytest.raises(HostError, match="training data of this run is not the same"):
+        checks.all_are_alike(group, f"of {group.place.rank}", model)
+    with torch.no_grad():
+        model.weight[0, 1] += 0.001 * group.place.rank
+    with pytest.raises(HostError, match="model of this run is not the same"):
+        checks.all_are_alike(group, "the same", model)
+
+
 def check_gradients(group, bucket_size):
     distributed.BUCKET_SIZE = bucket_size
     rank = group.place.rank
@@ -132,6 +147,7 @@ def main():
     assert (group.count, group.backend, accelerator.num_processes) == (2, "gloo", 2)
     check_sums(group)
     check_rows(group)
+    check_alike(group)
     for bucket_size in (1, 7, 10**6):
         check_gradients(group, bucket_size)
     check_what_was_asked()
