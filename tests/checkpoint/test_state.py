@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from peftcli import files
-from peftcli.checkpoint import state
+from peftcli.checkpoint import moments, state
 from peftcli.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE
 from peftcli.checkpoint.state import OPTIMIZER_FILE, STATE_FILE, Progress
 from peftcli.errors import ModelError
@@ -47,7 +47,7 @@ class Run:
     def tensors(self):
         """Returns a copy of all that a resumed run must have again."""
         own = {name: parameter.detach() for name, parameter in trainable(self.model).items()}
-        both = {**own, **state.optimizer_tensors(self.model, self.optimizer)}
+        both = {**own, **moments.optimizer_tensors(self.model, self.optimizer)}
         return {name: tensor.clone() for name, tensor in both.items()}
 
 
@@ -125,7 +125,7 @@ def test_an_optimizer_of_another_model_is_refused(make_run):
     other = make_run()
     tensors = {f"model.norm.weight|{key}": torch.zeros(1) for key in ("exp_avg", "step")}
     with pytest.raises(ModelError, match=r"model\.norm\.weight is not a parameter that trains"):
-        state.load_optimizer_tensors(other.model, other.optimizer, tensors, "here")
+        moments.load_optimizer_tensors(other.model, other.optimizer, tensors, "here")
 
 
 @pytest.mark.parametrize("entry", ["exp_avg", "exp_avg_sq", "step", None])
@@ -139,7 +139,7 @@ def test_a_parameter_whose_state_is_missing_is_not_started_anew(entry, saved, ma
     assert len(stored) - len(kept) == (3 if entry is None else 1)
     again = make_run()
     with pytest.raises(ModelError, match=rf"^here: {re.escape(name)}: the optimizer's {entry or ''}\w* is missing"):
-        state.load_optimizer_tensors(again.model, again.optimizer, kept, "here")
+        moments.load_optimizer_tensors(again.model, again.optimizer, kept, "here")
 
 
 BNB_32, BNB_8 = {"step", "state1", "state2"}, {"step", "state1", "state2", "qmap1", "qmap2", "absmax1", "absmax2"}
@@ -169,14 +169,14 @@ def test_all_that_an_optimizer_keeps_comes_back_and_none_may_be_missing(optim, m
         for parameter in trainable(model).values():
             parameter.grad = torch.randn_like(parameter)
         optimizer.step()
-    kept = state.optimizer_tensors(model, optimizer)
+    kept = moments.optimizer_tensors(model, optimizer)
     files.write_safetensors(tmp_path / "file", kept)
     stored = state.load_file(tmp_path / "file")
     assert {key.partition("|")[2] for key in stored} == ENTRIES[optim]
 
     other, again = fresh()
-    state.load_optimizer_tensors(other, again, stored, "here")
-    assert same(state.optimizer_tensors(other, again), kept)
+    moments.load_optimizer_tensors(other, again, stored, "here")
+    assert same(moments.optimizer_tensors(other, again), kept)
     ours, theirs = (list(one.state.values()) for one in (again, optimizer))
     assert [{key: type(value) for key, value in one.items()} for one in ours] == [
         {key: type(value) for key, value in one.items()} for one in theirs
@@ -185,7 +185,7 @@ def test_all_that_an_optimizer_keeps_comes_back_and_none_may_be_missing(optim, m
         key = next(key for key in stored if key.endswith(f"|{entry}"))
         left = {name: tensor for name, tensor in stored.items() if name != key}
         with pytest.raises(ModelError, match=re.escape(key.replace("|", ": the optimizer's ")) + " is missing"):
-            state.load_optimizer_tensors(*fresh(), left, "here")
+            moments.load_optimizer_tensors(*fresh(), left, "here")
 
 
 CHANGES = {
@@ -205,18 +205,18 @@ def test_state_of_another_kind_is_refused(change, message, saved, make_run):
     key = next(key for key in stored if key.endswith("|exp_avg"))
     again = make_run()
     with pytest.raises(ModelError, match=message):
-        state.load_optimizer_tensors(again.model, again.optimizer, change(stored, key), "here")
+        moments.load_optimizer_tensors(again.model, again.optimizer, change(stored, key), "here")
 
 
 def test_what_a_method_keeps_may_not_be_missing(tmp_path, make_model):
     model = make_model()
     adapt(model, "adalora", ["q_proj"])
     optimizer = torch.optim.SGD(trainable(model).values(), lr=0.1)
-    stored = state.optimizer_tensors(model, optimizer)
+    stored = moments.optimizer_tensors(model, optimizer)
     name = next(key for key in stored if key.endswith("|state"))
-    state.load_optimizer_tensors(model, optimizer, stored, "here")
+    moments.load_optimizer_tensors(model, optimizer, stored, "here")
     with pytest.raises(ModelError, match=rf"^here: {re.escape(name.removesuffix('|state'))} is missing"):
-        state.load_optimizer_tensors(
+        moments.load_optimizer_tensors(
             model, optimizer, {key: tensor for key, tensor in stored.items() if key != name}, "here"
         )
 
