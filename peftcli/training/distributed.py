@@ -180,7 +180,8 @@ def _take_device(device: torch.device, place: Place) -> None:
     Raises:
         HostError: There are more processes than GPUs.
     """
-    index, count = place.local_rank if place.count > 1 else device.index, torch.cuda.device_count()
+    named: int | None = device.index  # None for the kind alone, whatever torch's own annotation says
+    index, count = place.local_rank if place.count > 1 else named, torch.cuda.device_count()
     if index is None:
         return
     if place.count > 1 and count == 1:
