@@ -238,7 +238,10 @@ class Trainer:
             return
         what = f"the loss is {value}"
         if math.isfinite(value):
-            what = f"the gradient of {', '.join(checks.not_finite(self.parameters)[:1]) or 'a parameter'} is not finite"
+            # Clipping by a norm that is not a number makes every gradient that: then none can be told from the others.
+            names = checks.not_finite(self.parameters)
+            which = names[0] if len(names) in range(1, len(self.parameters)) else "a parameter"
+            what = f"the gradient of {which} is not finite"
         rows = [index for indices in micro_batches for index in indices]
         raise NumericalError(
             f"step {self.progress.step + 1}: {what}; the step was not applied "
