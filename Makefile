@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 MODEL  := $(HOME)/.cache/peftcli/SmolLM2-135M-Instruct
 STAMP  := $(VENV)/.installed
 
-.PHONY: help install demo model encoder compare support test check format lint types schema bench clean
+.PHONY: help install demo model encoder compare support test test-gpu check format lint types schema bench clean
 .DEFAULT_GOAL := help
 
 help:  ## Say what can be made.
@@ -38,6 +38,9 @@ demo: model  ## Train, evaluate, merge and answer with a real model, in a few mi
 
 test: $(STAMP)  ## Run the tests.
 	@$(BIN)/python -m pytest
+
+test-gpu: $(STAMP)  ## Run the tests that need one CUDA device, or two; each says what it lacks.
+	@PEFTCLI_TEST_GPU=1 $(BIN)/python -m pytest -rs tests/gpu
 
 format: $(STAMP)  ## Format the code.
 	@$(BIN)/ruff format peftcli scripts tests

@@ -360,8 +360,14 @@ def compare(expected: list[Tensor], found: list[Tensor]) -> Agreement:
     )
 
 
-def require_agreement(agreement: Agreement, dtype: torch.dtype) -> None:
-    """Raises a ModelError where the merged model is further from the adapted one than `dtype`'s rounding explains."""
+def require_agreement(agreement: Agreement, *dtypes: torch.dtype) -> None:
+    """Raises a ModelError where the merged model is further from the adapted one than rounding explains.
+
+    Args:
+        agreement: How far they are apart.
+        dtypes: What the merged weights are rounded to, and what the adapted model computes in.
+    """
+    dtype = max(dtypes, key=lambda one: TOLERANCE.get(one, 0))
     tolerance = TOLERANCE.get(dtype, TOLERANCE[torch.float32])
     if not agreement.max_difference <= tolerance:  # NaN fails too
         raise ModelError(

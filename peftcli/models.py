@@ -402,6 +402,8 @@ def pick_device(name: str | None = None) -> torch.device:
         raise RecipeError(f'--device: "{name}" is no device', hint="cpu, cuda, cuda:1, xpu or mps") from error
     if device.type != "cpu" and not (torch.accelerator.is_available() and device.type == _accelerator_type()):
         raise HostError(f"--device: this machine has no {device.type} device", hint="leave the option out, or cpu")
+    if device.type != "cpu" and (device.index or 0) >= (count := torch.accelerator.device_count()):
+        raise HostError(f"--device: this machine has no {name}: it has {count}, counted from 0", hint="name another")
     return device
 
 

@@ -5,7 +5,8 @@ import os
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub client: no test may wait for a network
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the numbers of the suite are a CPU's
+if os.environ.get("PEFTCLI_TEST_GPU") != "1":  # as `make test-gpu` sets it, for tests/gpu alone
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the numbers of the suite are a CPU's
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: threads that share tensors this small mostly wait for each other
 
 import pytest

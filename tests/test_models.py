@@ -11,10 +11,12 @@ from transformers import MambaConfig
 
 from peftcli import models
 from peftcli.errors import HostError, ModelError, RecipeError
-from peftcli.recipe import ModelSection
+from peftcli.processes import Place
+from peftcli.recipe import DistributedSection, ModelSection
 from peftcli.run import applying
 from peftcli.run.subject import open_subject
 from peftcli.run.training import mixed_precision
+from peftcli.training import distributed
 from tests.conftest import Recorder, write_jsonl
 
 CPU = torch.device("cpu")
@@ -258,6 +260,41 @@ class TestDevices:
         with pytest.raises(HostError, match="this machine has no") as caught:
             models.pick_device(name)
         assert caught.value.exit_code == 6
+
+    @pytest.fixture
+    def two_gpus(self, monkeypatch):
+        """Returns the list of the devices that were made the current one, on a machine that seems to have two."""
+        made = []
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+        for module in (torch.accelerator, torch.cuda):
+            monkeypatch.setattr(module, "device_count", lambda: 2)
+        monkeypatch.setattr(torch.cuda, "set_device", made.append)
+        return made
+
+    @pytest.mark.parametrize("name", ["cuda", "cuda:0", "cuda:1"])
+    def test_a_device_of_several(self, name, two_gpus):
+        assert models.pick_device(name) == torch.device(name)
+
+    def test_a_device_beyond_the_last(self, two_gpus):
+        with pytest.raises(HostError, match="this machine has no cuda:2: it has 2, counted from 0"):
+            models.pick_device("cuda:2")
+
+    @pytest.mark.parametrize(("name", "made"), [("cuda", []), ("cuda:0", [0]), ("cuda:1", [1])])
+    def test_a_run_computes_where_it_is_told(self, name, made, two_gpus):
+        """Memory is counted, and some libraries compute, on the current device, which would be the first."""
+        _, group = distributed.begin(DistributedSection(), "no", torch.device(name))
+        assert (two_gpus, group.device) == (made, torch.device(name))
+
+    @pytest.mark.parametrize(("rank", "visible", "made"), [(0, 2, [0]), (1, 2, [1]), (1, 1, [0])])
+    def test_each_process_has_a_device_of_its_own(self, rank, visible, made, two_gpus, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+        distributed._take_device(torch.device("cuda"), Place(rank, 2, rank, 2, launched=True))
+        assert two_gpus == made
+
+    def test_more_processes_than_devices(self, two_gpus):
+        with pytest.raises(HostError, match="3 processes were started on this machine, which has 2 CUDA devices"):
+            distributed._take_device(torch.device("cuda"), Place(2, 3, 2, 3, launched=True))
 
     def test_mixed_precision_on_a_cpu(self):
         assert mixed_precision("auto", CPU) == "no"

@@ -42,3 +42,7 @@ INT8_CONSTANT = 3e-5
 
 INT8_INPUTS = 2e-2
 """An int8 product and that of the same weight with unrounded inputs: half a step of 1/127 in each of a row's inputs."""
+
+PACKED_ELSEWHERE = 1e-3
+"""The same weight packed on a GPU and on a CPU: the share of bytes that differ, and the norm of what the two stand for
+apart, relative to it. A weight between two of the 16 values may become either."""

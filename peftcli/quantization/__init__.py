@@ -28,6 +28,7 @@ from peftcli.quantization.stored import (
 )
 from peftcli.quantization.weights import (
     Packing,
+    computing_dtypes,
     is_int8,
     is_quantised,
     num_weights,
@@ -43,6 +44,7 @@ __all__ = [
     "bitsandbytes",
     "companions_of",
     "compute_dtype",
+    "computing_dtypes",
     "is_companion",
     "is_int8",
     "is_quantised",

@@ -80,6 +80,15 @@ def packed_share(model: nn.Module) -> float:
     return sum(sizes[key] for key in packed) / sum(sizes.values())
 
 
+def computing_dtypes(model: nn.Module) -> set[torch.dtype]:
+    """Returns the dtypes that `model` computes in: those of its dense weights, and the packed layers' own."""
+    layers = [module for module in model.modules() if is_quantised(module)]
+    packed = {id(layer.weight) for layer in layers}
+    dense = {one.dtype for one in model.parameters() if one.is_floating_point() and id(one) not in packed}
+    own: set[Any] = {getattr(layer, "compute_dtype", None) for layer in layers}
+    return dense | (own - {None})
+
+
 @contextmanager
 def unrounded_inputs(model: nn.Module) -> Iterator[None]:
     """Lets int8 layers on a CPU compute `x deq(W_q)ᵀ + b` while entered, in evaluation mode too.

@@ -15,6 +15,7 @@ from peftcli.checkpoint.adapter import Origin, attach, save_adapter
 from peftcli.data.meaning import write_meaning
 from peftcli.errors import ModelError, RecipeError
 from peftcli.methods._protocol import Method
+from peftcli.quantization import computing_dtypes
 from peftcli.reporting import Reporter
 from peftcli.run.opening import load_weights
 from peftcli.run.subject import Subject, check_target, proof_inputs
@@ -98,7 +99,7 @@ def export_as_lora(
     reporter.stage("computing what base and LoRA answer")
     agreement = merging.compare(expected, merging.logits_of(model, inputs, cpu))
     if exact:
-        merging.require_agreement(agreement, torch.float32)
+        merging.require_agreement(agreement, torch.float32, *computing_dtypes(model))
     with files.new_folder(target) as new:
         save_adapter(new, model, origin)
         with files.explained(new):

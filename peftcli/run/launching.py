@@ -31,6 +31,11 @@ GRACE_SECONDS = 600
 """How long workers that were asked to stop may take to finish their step and save."""
 _GRACE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 """The variable that tells torch's launcher so. torch before 2.12 does not read it and waits 30 seconds."""
+KILLED = {
+    signal.SIGKILL: "this mostly means that the machine ran out of memory; ",
+    signal.SIGABRT: "NCCL ends a process so that has waited longer than distributed.timeout for another; ",
+}
+"""What mostly lies behind a signal that ends a process."""
 DEFAULT_ENDPOINT = "HOST:29500"
 
 
@@ -200,9 +205,7 @@ def _exit_code(folder: Path, error: Any, machines: int) -> int:
         rank, number = next(iter(killed.items()))
         raise HostError(
             f"process {rank} of the run was killed by {signal.Signals(number).name}; the others were ended",
-            hint="SIGKILL mostly means that the machine ran out of memory; the last checkpoint is intact: --resume"
-            if number == signal.SIGKILL
-            else "the last checkpoint is intact: go on from it with --resume",
+            hint=f"{KILLED.get(number, '')}the last checkpoint is intact: go on from it with --resume",
         )
     raise HostError(
         "a process of the run ended before its work was done and said nothing; the others were ended",

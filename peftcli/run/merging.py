@@ -17,7 +17,7 @@ from peftcli import merge as merging
 from peftcli.checkpoint import adapter as adapter_files
 from peftcli.errors import RecipeError
 from peftcli.merge import Agreement
-from peftcli.quantization import is_int8
+from peftcli.quantization import computing_dtypes, is_int8
 from peftcli.reporting import Reporter
 from peftcli.run.opening import load_weights, open_base
 from peftcli.run.packing import packing_of
@@ -117,6 +117,7 @@ class _Work:
         inputs: What models are compared on.
         reporter: Where progress goes.
         expected: What base and adapter answer, once that was computed.
+        computed_in: The dtypes that they compute it in.
     """
 
     subject: Subject
@@ -127,6 +128,7 @@ class _Work:
     inputs: list[dict[str, Tensor]]
     reporter: Reporter
     expected: list[Tensor] | None = None
+    computed_in: frozenset[torch.dtype] = frozenset()
 
     def write(self, new: Path, packing: Packing | None) -> int:
         """Writes the model merged into what `packing` makes of the base; returns how many weights were merged."""
@@ -149,7 +151,7 @@ class _Work:
     def proven(self, new: Path) -> Agreement:
         """As `measured`; raises a ModelError where the two are further apart than rounding explains."""
         agreement = self.measured(new)
-        merging.require_agreement(agreement, self.dtype or merging.stored_dtype(new))
+        merging.require_agreement(agreement, self.dtype or merging.stored_dtype(new), *self.computed_in)
         return agreement
 
     def _expected(self) -> list[Tensor]:
@@ -157,6 +159,7 @@ class _Work:
             self.reporter.stage("computing what base and adapter answer")
             model, _ = load_weights(self.subject.base, CPU, self.subject.seed)
             adapter_files.attach(model, self.subject.adapter)
+            self.computed_in = frozenset(computing_dtypes(model))
             self.expected = merging.logits_of(model, self.inputs, CPU)
             if any(is_int8(module) for module in model.modules()):
                 self._note_rounding(merging.logits_of(model, self.inputs, CPU, rounded=True))

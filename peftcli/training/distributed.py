@@ -173,8 +173,8 @@ def begin(section: DistributedSection, precision: str, device: torch.device) -> 
     if threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(threads)  # for what is imported later
         torch.set_num_threads(threads)
-    if place.count > 1 and device.type == "cuda":
-        torch.cuda.set_device(place.local_rank)
+    if device.type == "cuda":
+        _take_device(device, place)
     is_own = not (torch.distributed.is_available() and torch.distributed.is_initialized())  # Ray comes connected
     handlers = [InitProcessGroupKwargs(timeout=timedelta(seconds=section.timeout))]
     accelerator = Accelerator(mixed_precision=precision, cpu=device.type == "cpu", kwargs_handlers=handlers)
@@ -187,6 +187,26 @@ def begin(section: DistributedSection, precision: str, device: torch.device) -> 
     if place.count == 1:
         return accelerator, Processes(place, device)
     return accelerator, Processes(place, accelerator.device, str(torch.distributed.get_backend()), is_own)
+
+
+def _take_device(device: torch.device, place: Place) -> None:
+    """Makes this process's GPU the current one, by which libraries go and memory is counted.
+
+    Raises:
+        HostError: There are more processes than GPUs.
+    """
+    named: int | None = device.index  # None for the kind alone, whatever torch's own annotation says
+    index, count = place.local_rank if place.count > 1 else named, torch.cuda.device_count()
+    if index is None:
+        return
+    if place.count > 1 and count == 1:
+        index = 0  # schedulers may show each process its own GPU alone
+    if index >= count:
+        raise HostError(
+            f"{place.local_count} processes were started on this machine, which has {count} CUDA devices",
+            hint="set distributed.num_processes to auto, or see CUDA_VISIBLE_DEVICES",
+        )
+    torch.cuda.set_device(index)
 
 
 def _require_as_asked(section: DistributedSection, place: Place) -> None:

@@ -190,19 +190,23 @@ class Trainer:
         if step == 0:
             checks.gradients_arrived(self.parameters)
         task.origin.method.before_step(task.origin.config, self.adapters)
-        norm = sharding.whole(
-            self.accelerator.clip_grad_norm_(self.parameters.values(), settings.max_grad_norm or math.inf)
+        norm = float(
+            sharding.whole(
+                self.accelerator.clip_grad_norm_(self.parameters.values(), settings.max_grad_norm or math.inf)
+            )
         )
         total_loss = self.processes.sums(summed)[0] / tokens
         self._refuse_unless_finite(total_loss, norm, micro_batches)
         self.prepared.step()
-        if not self.prepared.step_was_skipped:
+        # Else the loss scale was too large, and nothing was changed. Accelerate's word for that does not cover fused
+        # optimizers, which are called all the same and do nothing.
+        if math.isfinite(norm):
             task.origin.method.after_step(task.origin.config, self.adapters, step + 1, self.total)
         self.prepared.zero_grad()
         self.progress.step += 1
         self.progress.tokens += int(tokens)
         lr = self.task.learning_rate * self.factor(step)
-        self.meter.add(total_loss * tokens, int(tokens), int(all_tokens), float(norm), lr)
+        self.meter.add(total_loss * tokens, int(tokens), int(all_tokens), norm, lr)
 
     def _backward(self, batch: Any, tokens: float, position: int, *, last: bool) -> Tensor:
         """Adds one micro-batch's gradients and returns its summed loss, detached."""
@@ -223,17 +227,21 @@ class Trainer:
         if penalty is not None:
             self.accelerator.backward(penalty)
 
-    def _refuse_unless_finite(self, value: float, norm: Tensor, micro_batches: list[list[int]]) -> None:
+    def _refuse_unless_finite(self, value: float, norm: float, micro_batches: list[list[int]]) -> None:
         """Raises a NumericalError, naming the rows, where the step's loss or gradient is not finite.
 
-        With a loss scale the gradient may overflow: then the optimizer skips the step and lowers the scale by itself.
+        With a loss scale the gradient may overflow: then the step is skipped and the scale halved. Below 1 it is no
+        longer the scale that is at fault, and skipping would never end.
         """
-        gradient_may_overflow = self.accelerator.scaler is not None
-        if math.isfinite(value) and (gradient_may_overflow or bool(torch.isfinite(norm))):
+        scaler = self.accelerator.scaler
+        if math.isfinite(value) and (math.isfinite(norm) or (scaler is not None and scaler.get_scale() >= 1)):
             return
         what = f"the loss is {value}"
         if math.isfinite(value):
-            what = f"the gradient of {', '.join(checks.not_finite(self.parameters)[:1]) or 'a parameter'} is not finite"
+            # Clipping by a norm that is not a number makes every gradient that: then none can be told from the others.
+            names = checks.not_finite(self.parameters)
+            which = names[0] if len(names) in range(1, len(self.parameters)) else "a parameter"
+            what = f"the gradient of {which} is not finite"
         rows = [index for indices in micro_batches for index in indices]
         raise NumericalError(
             f"step {self.progress.step + 1}: {what}; the step was not applied "

@@ -17,6 +17,7 @@ from peftcli.run.opening import load_weights
 from peftcli.run.subject import open_subject
 from tests.conftest import Recorder
 from tests.run.tasks import recipe_of, save_families
+from tests.tolerances import HALF
 
 NF4 = {"type": "nf4"}
 SMALL = {"lora": {"r": 4}, "dora": {"r": 4}, "vera": {"r": 8, "target_modules": "all-linear"}}
@@ -102,6 +103,19 @@ def test_the_base_is_packed_as_the_merge_says_in_every_dtype(recipe_file, train)
     subject = open_subject(Path("run"), None, None)
     agreement, _ = applying.merge(subject, Path("merged"), "bfloat16", Recorder(), overwrite=False)
     assert agreement.max_difference < 2e-2  # the answers of a bfloat16 model against those of its bfloat16 twin
+
+
+@pytest.mark.parametrize(
+    "fields", [{"quantization": {**NF4, "compute_dtype": "bfloat16"}}, {"model": {"dtype": "bfloat16"}}]
+)
+def test_what_computed_in_half_precision_is_compared_as_such(fields, recipe_file, train):
+    """As a run on a GPU asks for it: merged onto float32 weights, it is that far from the model that was trained."""
+    train(recipe_file(method={"type": "vera", **SMALL["vera"]}, training={"learning_rate": 0.1}, **fields))
+    subject = open_subject(Path("run"), None, None)
+    agreement, _ = applying.merge(subject, Path("merged"), "float32", Recorder(), overwrite=False)
+    assert 1e-4 < agreement.max_difference < HALF[torch.bfloat16]
+    exported = export_as_lora(subject, Path("lora"), None, Recorder(), lossy=False, overwrite=False)
+    assert exported.agreement.max_difference < HALF[torch.bfloat16]
 
 
 def test_its_dora_is_exported_beside_the_same_base(recipe_file, train):

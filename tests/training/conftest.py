@@ -39,6 +39,7 @@ def make_trainer(make_model, tmp_path):
         joins=True,
         model=None,
         fields=None,
+        accelerator=None,
         **settings,
     ):
         from accelerate import Accelerator
@@ -76,7 +77,7 @@ def make_trainer(make_model, tmp_path):
             reporter=Recorder(),
             logs=[MetricsLog(tmp_path, 0)],
         )
-        return Trainer(task, Accelerator(cpu=True), alone(torch.device("cpu")))
+        return Trainer(task, accelerator or Accelerator(cpu=True), alone(torch.device("cpu")))
 
     return make
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
 
 from peftcli import inject, methods
 from tests.tolerances import LOSS, LOSS_CURVE, SAME_STEPS
@@ -84,16 +83,6 @@ def test_a_penalty_is_in_the_gradient_and_not_in_the_loss(make_trainer):
 def test_each_step_is_told_once_and_in_order(accumulation, make_trainer, told):
     make_trainer(max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=accumulation).run()
     assert told == [entry for step in (1, 2, 3) for entry in (("penalty",), ("before_step",), ("after_step", step, 3))]
-
-
-def test_a_skipped_step_is_not_told(make_trainer, told, monkeypatch):
-    """As a gradient scaler skips it after an overflow; the next one has its own number all the same."""
-    trainer = make_trainer(max_steps=3)
-    skipped = property(lambda _: trainer.progress.step == 1)
-    monkeypatch.setattr(AcceleratedOptimizer, "step_was_skipped", skipped)
-    trainer.run()
-    assert [entry for entry in told if entry[0] == "after_step"] == [("after_step", 1, 3), ("after_step", 3, 3)]
-    assert told.count(("before_step",)) == 3
 
 
 def test_a_resumed_run_goes_on_counting(make_trainer, told):

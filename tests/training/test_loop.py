@@ -246,6 +246,16 @@ def test_a_gradient_that_is_not_finite_is_named(make_trainer):
     assert all(torch.equal(tensor, before[name]) for name, tensor in params(trainer).items())
 
 
+@pytest.mark.parametrize(("factor", "limit"), [("nan", 1.0), ("inf", None)])
+def test_no_parameter_is_blamed_that_clipping_has_spoilt(factor, limit, make_trainer):
+    """Every gradient is not a number then, and the first one's parameter would be named."""
+    trainer = make_trainer(max_steps=3, max_grad_norm=limit)
+    parameter = list(trainer.parameters.values())[-1]
+    parameter.register_hook(lambda gradient: gradient * float(factor))
+    with pytest.raises(NumericalError, match="step 1: the gradient of a parameter is not finite"):
+        trainer.run()
+
+
 def test_a_trainable_that_gets_no_gradient_is_named(make_trainer, make_model):
     model = make_model()
     model.model.layers[0].spare = nn.Linear(48, 48)  # a module that no forward calls
