@@ -130,7 +130,7 @@ REMARKS: dict[str, str] = {
 }
 
 _EIGHT_BITS = "a base in 8 bits is not in this version; quantization.type is nf4 or fp4, of 4 bits"
-_PARALLEL = "a model is spread over processes by distributed.strategy: fsdp2, in no other way"
+_PARALLEL = "a model is spread over processes by distributed.strategy: fsdp2 or deepspeed, in no other way"
 _MACHINES = "the number of machines is not the recipe's: peftcli train --nnodes N, or torchrun"
 _PACKING = "packing is not in this version; data.padding_free already avoids the padding that packing is for"
 _CODE = "never accepted from a recipe: peftcli runs no code from a model repository"

@@ -31,6 +31,7 @@ _NEED_EVAL: tuple[KeyPath, ...] = (
 _NEED_VALUE: tuple[tuple[KeyPath, KeyPath, str | bool], ...] = (
     (("evaluation", "generate", "temperature"), ("evaluation", "generate", "do_sample"), True),
     (("evaluation", "generate", "top_p"), ("evaluation", "generate", "do_sample"), True),
+    (("distributed", "deepspeed_config"), ("distributed", "strategy"), "deepspeed"),
 )
 
 # An optimizer, and the fields that it does not read. All read weight_decay: SGD without momentum decays as AdamW does.
@@ -92,6 +93,10 @@ def broken_rules(values: Mapping[str, Any], locate: Locate) -> Iterator[Problem]
         if written is not None and written != default_of(path) and other_value != value:
             message = f"{dotted(path)} does nothing without {dotted(on)}: {_plain(value)}"
             yield Problem(message, locate(path), f"set {dotted(on)}, or remove {path[-1]}")
+    strategy = ("distributed", "strategy")
+    if given(values, strategy) == "deepspeed" and given(values, ("distributed", "deepspeed_config")) is None:
+        message = "distributed.strategy: deepspeed needs distributed.deepspeed_config"
+        yield Problem(message, locate(strategy), "name a JSON file, such as configs/deepspeed_zero3.json")
     yield from _optimizer_problems(values, locate)
     yield from _task_problems(values, locate)
 

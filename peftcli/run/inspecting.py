@@ -18,6 +18,7 @@ from peftcli.run.opening import (
     read_data,
     settle,
 )
+from peftcli.training import zero_settings
 
 
 def validate(loaded: LoadedRecipe, reporter: Reporter) -> dict[str, Any]:
@@ -26,6 +27,7 @@ def validate(loaded: LoadedRecipe, reporter: Reporter) -> dict[str, Any]:
     That is: the method's fields, the model's configuration and tokenizer, the adapted modules and the data.
     """
     method, config = check_method(loaded)
+    zero_settings.read(loaded)
     reporter.stage("reading the data and the model's configuration")
     raw = read_data(loaded.recipe)
     base = open_base(loaded.recipe.model, meaning=raw.meaning, packed=loaded.recipe.quantization)

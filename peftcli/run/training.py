@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from peftcli import files, inject, manifest, models, quantization, recipe, sharding
+from peftcli import files, inject, manifest, models, processes, quantization, recipe, sharding
 from peftcli.checkpoint import adapter as adapter_files
 from peftcli.checkpoint import state
 from peftcli.data.meaning import write_meaning
@@ -32,7 +32,7 @@ from peftcli.run.opening import (
     read_data,
     settle,
 )
-from peftcli.training import checks, distributed
+from peftcli.training import checks, distributed, zero, zero_settings
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from peftcli.training.distributed import Processes
     from peftcli.training.logs import MetricsLog, TensorBoardLog
     from peftcli.training.loop import Result, Task
+    from peftcli.training.zero_settings import ZeroSettings
 
 
 @dataclass(frozen=True)
@@ -106,14 +107,17 @@ def train(
     section = loaded.recipe.distributed
     device = models.pick_device(options.device)
     precision = mixed_precision(loaded.recipe.training.mixed_precision, device)
+    settings = zero_settings.read(loaded, precision, processes.here().count)
     with distributed.losses_explained(section.timeout):
         accelerator, group = distributed.begin(section, precision, device)
+        if settings is not None:
+            zero.begin(settings, group.device)
         if not group.is_first:
             reporter, show = Silent(), _show_nothing
         folder = Path(loaded.recipe.output_dir or "runs")
         with open_folder(folder, options) if group.is_first else contextlib.nullcontext():
             resumed = _checkpoint_for_all(loaded.recipe, folder, options, group, reporter)
-            job = _open_job(loaded, method, config, group, reporter, show)
+            job = _open_job(loaded, method, config, settings, group, reporter, show)
             checks.what_runs(accelerator, group, precision)
             if group.is_first:
                 if (
@@ -135,6 +139,7 @@ def _open_job(
     loaded: LoadedRecipe,
     method: type[Method],
     config: MethodConfig,
+    settings: ZeroSettings | None,
     group: Processes,
     reporter: Reporter,
     show: Callable[[list[Segment]], None],
@@ -151,7 +156,7 @@ def _open_job(
     config = settle(loaded, method, config, base, prepared, group.count)
     show(render(prepared.train, 0, base.processor, prepared.meaning.labels))
     reporter.stage("loading the base model")
-    spread = group.count > 1 and wanted.distributed.strategy == "fsdp2"
+    spread = wanted.distributed.strategy == "fsdp2" or (settings is not None and settings.stage == 3)
     # What is to be spread need not fit on one device: it is put there layer by layer.
     device = torch.device("cpu") if spread else group.device
     model, fresh = load_weights(base, device, wanted.training.seed, reporter, wide=fit.trains_base)
@@ -164,10 +169,19 @@ def _open_job(
     _note_sizes(model, counts, wanted.training, group, reporter)
     if wanted.training.gradient_checkpointing:
         _checkpoint_activations(model)
+    for remark in settings.remarks(int(counts["trainable_params"])) if settings is not None else ():
+        reporter.note(remark)
     if spread:
-        sharding.shard(model, group.device, group.count)
-        reporter.note(checks.what_is_spread(model))
+        reporter.note(_spread(model, settings, group))
     return Job(wanted, Path(wanted.output_dir or "runs"), base, model, method, config, prepared, joins, counts, group)
+
+
+def _spread(model: PreTrainedModel, settings: ZeroSettings | None, group: Processes) -> str:
+    """Spreads the model's base over the processes, and returns a sentence on what of it lies here."""
+    if settings is not None:
+        return zero.shard(model, settings, group.device)
+    sharding.shard(model, group.device, group.count)
+    return checks.what_is_spread(model)
 
 
 def mixed_precision(wanted: str, device: torch.device) -> str:
