@@ -15,15 +15,17 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from peftcli import inject, sharding
-from peftcli.errors import HostError, ModelError, RecipeError
+from peftcli.errors import HostError, ModelError, Problem, RecipeError
 
 if TYPE_CHECKING:
     from peftcli.training.zero_settings import ZeroSettings
@@ -38,17 +40,19 @@ def begin(settings: ZeroSettings, device: torch.device) -> None:
     """
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     try:
-        import deepspeed
-        from deepspeed import ops
-        from deepspeed.accelerator import get_accelerator
-        from deepspeed.utils import logger
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for data
+            import deepspeed
+            from deepspeed import ops
+            from deepspeed.accelerator import get_accelerator
+            from deepspeed.utils import logger
     except ImportError as error:
         raise HostError(
             f"distributed.strategy: deepspeed needs the package deepspeed: {error}",
             hint="pip install 'peftcli[deepspeed]', or set distributed.strategy to fsdp2, which spreads the base too",
         ) from error
     for handler in logger.handlers:
-        handler.setStream(sys.stderr)  # stdout is for data
+        handler.setStream(sys.stderr)
+    warnings.filterwarnings("ignore", ".*all_gather_into_tensor", FutureWarning)  # torch's, about DeepSpeed's own calls
     if get_accelerator().device_name() != device.type:
         raise HostError(
             f"DeepSpeed is set up for {get_accelerator().device_name()}, and this run is on {device.type}",
@@ -60,6 +64,9 @@ def begin(settings: ZeroSettings, device: torch.device) -> None:
     deepspeed.init_distributed()
     try:
         deepspeed.DeepSpeedConfig(settings.values)
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
+        raise RecipeError.of(Problem(f"DeepSpeed refuses {one}", str(settings.file)) for one in problems) from error
     except (ValueError, AssertionError) as error:
         raise RecipeError(f"DeepSpeed refuses this file: {error}", where=str(settings.file)) from error
 
