@@ -6,11 +6,11 @@ BIN    := $(VENV)/bin
 MODEL  := $(HOME)/.cache/peftcli/SmolLM2-135M-Instruct
 STAMP  := $(VENV)/.installed
 
-.PHONY: help install demo model encoder compare support test test-gpu check format lint types schema bench clean
+.PHONY: help install demo model encoder compare support test test-gpu test-deepspeed check format lint types schema bench clean
 .DEFAULT_GOAL := help
 
 help:  ## Say what can be made.
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP)  ## Make .venv with everything that demo, test and check need.
 
@@ -55,6 +55,13 @@ types: $(STAMP)
 
 check: lint types test  ## Format, lint, types and tests: what CI runs.
 
+test-deepspeed: $(STAMP)  ## Install DeepSpeed apart, on top of .venv, and run the tests that need it.
+	@test -d .venv-deepspeed || $(BIN)/python -m venv .venv-deepspeed
+	@for v in $(BIN) .venv-deepspeed/bin; do $$v/python -c "import sysconfig; print(sysconfig.get_path('purelib'))"; done | \
+	  { read -r below; read -r above; echo "$$below" > "$$above/below.pth"; }
+	@.venv-deepspeed/bin/pip install --quiet --disable-pip-version-check -c configs/constraints.txt deepspeed
+	@.venv-deepspeed/bin/python -m pytest tests/distributed/test_deepspeed.py
+
 schema: $(STAMP)  ## Write peftcli/recipe/schema.json anew from the code.
 	@$(BIN)/python scripts/write_schema.py
 
@@ -67,4 +74,4 @@ bench: model  ## Measure against TRL, end to end, side by side in one run.
 	@$(BIN)/python scripts/bench.py
 
 clean:  ## Remove the environment and what the tools left; the model's cache stays.
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-deepspeed .pytest_cache .mypy_cache .ruff_cache

@@ -34,24 +34,24 @@ def shard(model: nn.Module, device: torch.device, num_processes: int) -> int:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    layers = list(_layers(model))
-    if not layers:
+    units = list(layers(model))
+    if not units:
         raise ModelError(
             "distributed.strategy: fsdp2 cannot find this model's layers, which it spreads one by one",
             hint="set distributed.strategy to ddp",
         )
     mesh = init_device_mesh(device.type, (num_processes,))
     whole = _stays_whole(model)
-    for unit in (*layers, model):
+    for unit in (*units, model):
         fully_shard(unit, mesh=mesh, ignored_params=whole)
     for parameter in whole:
         parameter.data = parameter.data.to(device)
     for module in model.modules():
-        _move_rest(module, device)
-    return len(layers) + 1
+        move_rest(module, device)
+    return len(units) + 1
 
 
-def _layers(model: nn.Module) -> Iterator[nn.Module]:
+def layers(model: nn.Module) -> Iterator[nn.Module]:
     """Yields the modules that transformers says must not be split: a decoder's or encoder's layers."""
     names: Collection[str] = getattr(model, "_no_split_modules", None) or ()
     for module in model.modules():
@@ -66,7 +66,7 @@ def _stays_whole(model: nn.Module) -> set[nn.Parameter]:
     return own | set(inject.trained_base(model).values()) if own else own
 
 
-def _move_rest(module: nn.Module, device: torch.device) -> None:
+def move_rest(module: nn.Module, device: torch.device) -> None:
     """Moves to `device` what of `module` is no parameter: buffers, and how a packed weight is to be read."""
     for name, buffer in list(module.named_buffers(recurse=False)):
         setattr(module, name, buffer.to(device))

@@ -46,6 +46,7 @@ ONLY_IN = {
     "typer": {"cli"},
     "rich": {"cli"},
     "accelerate": {"training", "run"},
+    "deepspeed": {"training"},
     "transformers": {"models", "data", "evaluation", "sites"},
     "huggingface_hub": {"models", "data", "hub"},
     "datasets": {"data"},

@@ -30,6 +30,7 @@ FOLDER = Path(__file__).parents[1] / "configs"
 TESTED = {
     "README.md",
     "constraints.txt",
+    "deepspeed_zero3.json",
     "kubeflow.yaml",
     "ray_train.py",
     "skypilot.yaml",

@@ -133,7 +133,7 @@ REMARKS: dict[str, str] = {
     "global_batch_size": "the step's batch is this times gradient_accumulation_steps times the number of devices",
 }
 
-_PARALLEL = "a model is spread over processes by distributed.strategy: fsdp2, in no other way"
+_PARALLEL = "a model is spread over processes by distributed.strategy: fsdp2 or deepspeed, in no other way"
 _MACHINES = "the number of machines is not the recipe's: peftcli train --nnodes N, or torchrun"
 _PACKING = "packing is not in this version; data.padding_free already avoids the padding that packing is for"
 _CODE = "never accepted from a recipe: peftcli runs no code from a model repository"

@@ -28,10 +28,12 @@ def _changed(recipe: Recipe, inputs: _Change, output: _Change) -> Recipe:
     def sources(given: tuple[Source, ...]) -> tuple[Source, ...]:
         return tuple(source.model_copy(update={"path": inputs(source.path)}) for source in given)
 
+    section, settings = recipe.distributed, recipe.distributed.deepspeed_config
     data = {"train": sources(recipe.data.train), "eval": recipe.data.eval and sources(recipe.data.eval)}
     changes = {
         "model": recipe.model.model_copy(update={"name": inputs(recipe.model.name)}),
         "data": recipe.data.model_copy(update=data),
+        "distributed": section.model_copy(update={"deepspeed_config": settings and output(settings)}),
         "output_dir": recipe.output_dir and output(recipe.output_dir),
     }
     return recipe.model_copy(update=changes)

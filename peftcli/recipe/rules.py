@@ -37,6 +37,7 @@ _NEED_VALUE: tuple[tuple[KeyPath, KeyPath, tuple[str | bool, ...]], ...] = (
     (("quantization", "compute_dtype"), ("quantization", "type"), _FOUR_BITS),
     (("quantization", "storage_dtype"), ("quantization", "type"), _FOUR_BITS),
     (("quantization", "outlier_threshold"), ("quantization", "type"), ("int8",)),
+    (("distributed", "deepspeed_config"), ("distributed", "strategy"), ("deepspeed",)),
 )
 
 # An optimizer, and the fields that it does not read. All read weight_decay: SGD without momentum decays as AdamW does.
@@ -98,6 +99,10 @@ def broken_rules(values: Mapping[str, Any], locate: Locate) -> Iterator[Problem]
         if written is not None and written != default_of(path) and other_value not in wanted:
             message = f"{dotted(path)} does nothing without {dotted(on)}: {' or '.join(map(_plain, wanted))}"
             yield Problem(message, locate(path), f"set {dotted(on)}, or remove {path[-1]}")
+    strategy = ("distributed", "strategy")
+    if given(values, strategy) == "deepspeed" and given(values, ("distributed", "deepspeed_config")) is None:
+        message = "distributed.strategy: deepspeed needs distributed.deepspeed_config"
+        yield Problem(message, locate(strategy), "name a JSON file, such as configs/deepspeed_zero3.json")
     yield from _optimizer_problems(values, locate)
     yield from _task_problems(values, locate)
 

@@ -253,7 +253,7 @@ class DistributedSection(Section):
     strategy: Literal["auto", "ddp", "fsdp2", "deepspeed"] = Field(
         default="auto",
         description="ddp: each process holds the whole base. fsdp2: each holds a share of it, layer by layer. "
-        "deepspeed: as deepspeed_config says. auto: ddp where there are several processes.",
+        "deepspeed: so too, with ZeRO-3 as deepspeed_config says. auto: ddp where there are several processes.",
     )
     num_processes: Literal["auto"] | Annotated[int, Field(gt=0)] = Field(
         default="auto", description="Processes on each machine, one a device. auto: one for each GPU, one on a CPU."
@@ -264,7 +264,8 @@ class DistributedSection(Section):
     deepspeed_config: str | None = Field(
         default=None,
         min_length=1,
-        description="DeepSpeed's own JSON file, passed on unchanged; for strategy deepspeed.",
+        description="DeepSpeed's own JSON file, for strategy deepspeed. What the recipe says too is "
+        "auto there, left out, or the same; the rest is passed on unchanged.",
     )
 
 

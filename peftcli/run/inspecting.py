@@ -19,6 +19,7 @@ from peftcli.run.opening import (
     settle,
 )
 from peftcli.run.prepacked import note_stored
+from peftcli.training import zero_settings
 
 
 def validate(loaded: LoadedRecipe, reporter: Reporter) -> dict[str, Any]:
@@ -27,6 +28,7 @@ def validate(loaded: LoadedRecipe, reporter: Reporter) -> dict[str, Any]:
     That is: the method's fields, the model's configuration and tokenizer, the adapted modules and the data.
     """
     method, config = check_method(loaded)
+    zero_settings.read(loaded)
     reporter.stage("reading the data and the model's configuration")
     raw = read_data(loaded.recipe)
     base = open_base(loaded.recipe.model, meaning=raw.meaning, packed=loaded.recipe.quantization)

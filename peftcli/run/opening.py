@@ -268,8 +268,8 @@ def check_spreading(loaded: LoadedRecipe, base: Base, method: type[Method], prec
         problems.append(f"training.optim: {optim} works on whole weights: use {' or '.join(SPREADABLE)}")
     if problems:
         where = loaded.where("distributed", "strategy")
-        hint = "or set distributed.strategy to ddp"
-        raise RecipeError.of(Problem(f"distributed.strategy: fsdp2: {text}", where, hint) for text in problems)
+        hint, strategy = "or set distributed.strategy to ddp", loaded.recipe.distributed.strategy
+        raise RecipeError.of(Problem(f"distributed.strategy: {strategy}: {text}", where, hint) for text in problems)
 
 
 def settle(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from peftcli import files, inject, manifest, models, quantization, recipe, sharding
+from peftcli import files, inject, manifest, models, processes, quantization, recipe, sharding
 from peftcli.checkpoint import adapter as adapter_files
 from peftcli.data.meaning import write_meaning
 from peftcli.data.preview import Segment, render
@@ -33,7 +33,7 @@ from peftcli.run.opening import (
     read_data,
     settle,
 )
-from peftcli.training import checks, distributed
+from peftcli.training import checks, distributed, zero, zero_settings
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from peftcli.training.distributed import Processes
     from peftcli.training.logs import MetricsLog, TensorBoardLog
     from peftcli.training.loop import Result, Task
+    from peftcli.training.zero_settings import ZeroSettings
 
 
 @dataclass(frozen=True)
@@ -98,14 +99,17 @@ def train(
     section = loaded.recipe.distributed
     device = models.pick_device(options.device)
     precision = mixed_precision(loaded.recipe.training.mixed_precision, device)
+    settings = zero_settings.read(loaded, precision, processes.here().count)
     with distributed.losses_explained(section.timeout):
         accelerator, group = distributed.begin(section, precision, device)
+        if settings is not None:
+            zero.begin(settings, group.device)
         if not group.is_first:
             reporter, show = Silent(), _show_nothing
         folder = Path(loaded.recipe.output_dir or "runs")
         with open_folder(folder, options) if group.is_first else contextlib.nullcontext():
             resumed = checkpoint_for_all(loaded.recipe, folder, options, group, reporter)
-            job = _open_job(loaded, method, config, group, precision, reporter, show)
+            job = _open_job(loaded, method, config, settings, group, precision, reporter, show)
             checks.what_runs(accelerator, group, precision)
             if group.is_first:
                 # No sooner: a mistake must not cost the run that was there.
@@ -126,6 +130,7 @@ def _open_job(
     loaded: LoadedRecipe,
     method: type[Method],
     config: MethodConfig,
+    settings: ZeroSettings | None,
     group: Processes,
     precision: str,
     reporter: Reporter,
@@ -138,7 +143,7 @@ def _open_job(
     base = open_base(wanted.model, meaning=raw.meaning, packed=wanted.quantization)
     fit = find_sites(loaded, base, method, config)
     check_checkpointing(loaded, method, config)
-    spread = group.count > 1 and wanted.distributed.strategy == "fsdp2"
+    spread = wanted.distributed.strategy == "fsdp2" or (settings is not None and settings.stage == 3)
     if spread:
         check_spreading(loaded, base, method, precision)
     prepared = encode_data(wanted, raw, base)
@@ -160,10 +165,19 @@ def _open_job(
     checks.all_are_alike(group, prepared.train.fingerprint, model)
     if wanted.training.gradient_checkpointing:
         _checkpoint_activations(model)
+    for remark in settings.remarks(int(counts["trainable_params"])) if settings is not None else ():
+        reporter.note(remark)
     if spread:
-        sharding.shard(model, group.device, group.count)
-        reporter.note(checks.what_is_spread(model))
+        reporter.note(_spread(model, settings, group))
     return Job(wanted, Path(wanted.output_dir or "runs"), base, model, method, config, prepared, joins, counts, group)
+
+
+def _spread(model: PreTrainedModel, settings: ZeroSettings | None, group: Processes) -> str:
+    """Spreads the model's base over the processes, and returns a sentence on what of it lies here."""
+    if settings is not None:
+        return zero.shard(model, settings, group.device)
+    sharding.shard(model, group.device, group.count)
+    return checks.what_is_spread(model)
 
 
 def mixed_precision(wanted: str, device: torch.device) -> str:

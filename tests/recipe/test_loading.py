@@ -317,6 +317,16 @@ NOT_READ = {
             "evaluation.generate.top_p does nothing without evaluation.generate.do_sample: true",
             12,
         ),
+        (
+            "distributed:\n  deepspeed_config: ds.json\n",
+            "distributed.deepspeed_config does nothing without distributed.strategy: deepspeed",
+            11,
+        ),
+        (
+            "distributed:\n  strategy: deepspeed\n",
+            "distributed.strategy: deepspeed needs distributed.deepspeed_config",
+            11,
+        ),
     ],
 )
 def test_rules_between_fields(folder, add, message, where):

@@ -124,6 +124,7 @@ def test_paths_become_absolute(folder, monkeypatch):
     folder.write("{}", "data/train.jsonl")
     text = GOOD.replace("org/tiny-model", "model")
     text = text.replace("method:", "  eval: [org/set, ./nowhere.csv, ~/d.csv]\nmethod:")
+    text += "distributed: {strategy: deepspeed, deepspeed_config: ds.json}\n"
     recipe = resolve_paths(folder.load(text).recipe)
     here = Path.cwd()
     assert recipe.model.name == str(here / "model")
@@ -135,6 +136,7 @@ def test_paths_become_absolute(folder, monkeypatch):
         "/home/somebody/d.csv",
     ]
     assert recipe.output_dir == str(here / "runs/r")
+    assert recipe.distributed.deepspeed_config == str(here / "ds.json")
     assert resolve_paths(recipe) == recipe
 
 

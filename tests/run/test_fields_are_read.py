@@ -88,6 +88,10 @@ def test_every_field_of_every_section(recipe_file, train, reads, rows, tmp_path,
     monkeypatch.chdir(tmp_path)
     with pytest.raises(PeftcliError):  # what only a hub's data has
         train(recipe_file("hub.yaml", data={"train": {"path": "org/no-such-set", "name": "en"}}, output_dir="hub"))
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 3}}')
+    spread = {"strategy": "deepspeed", "deepspeed_config": "ds.json"}
+    with pytest.raises(PeftcliError, match="this run has one"):  # process
+        train(recipe_file("spread.yaml", distributed=spread, output_dir="spread"))
 
     declared = {(section.__name__, field) for section in sections() for field in section.model_fields}
     assert len(declared) > 50

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftcli import methods
 from peftcli.checkpoint import state
-from peftcli.checkpoint.moments import optimizer_tensors
+from peftcli.checkpoint.moments import method_state, optimizer_tensors
 from peftcli.errors import HostError, NumericalError
 from peftcli.run.training import mixed_precision
 from peftcli.training import checks
@@ -229,7 +229,7 @@ def test_a_method_measures_no_gradient_that_overflowed(scaled):
     trainer = scaled(1024.0, method="adalora", fields=ADALORA, max_steps=4)
     overflowing(trainer, {0, 1})
     trainer.run()
-    assert all(bool(torch.isfinite(tensor).all()) for tensor in state.method_state(trainer.task.model).values())
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in method_state(trainer.task.model).values())
 
 
 def test_a_gradient_that_no_scale_makes_finite_ends_the_run(scaled):
