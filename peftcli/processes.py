@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from peftcli.errors import PeftcliError
 
 OUTCOME_FILE = "peftcli-outcome.json"
+OWN_LAUNCHER = "PEFTCLI_LAUNCHED"
+"""Set by peftcli's launcher, which has shared the CPU's cores out already."""
 DONE_PREFIX = "peftcli-done-"
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 _THREADS = "OMP_NUM_THREADS"
@@ -67,8 +69,10 @@ def cpu_threads(place: Place) -> int | None:
     """Returns how many CPU threads this process should use; None where the user or nobody has to say.
 
     torchrun sets one for each process, which on a CPU leaves most cores idle. One is therefore taken to be torchrun's
-    choice and not the user's.
+    choice and not the user's, unless peftcli's own launcher has passed it on.
     """
+    if os.environ.get(OWN_LAUNCHER):
+        return None
     chosen = os.environ.get(_THREADS, "1" if place.launched else "")
     if not place.launched or place.count == 1 or chosen != "1":
         return None

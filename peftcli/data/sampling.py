@@ -113,10 +113,14 @@ class StepPlan:
         """Optimizer steps until every sample was used once."""
         return -(-self.num_samples // self.samples_per_step)
 
-    def step(self, global_step: int) -> list[list[int]]:
-        """Returns this rank's micro-batches, lists of sample indices, of optimizer step `global_step`, from 0."""
+    def samples(self, global_step: int) -> Indices:
+        """Returns the indices of all ranks' samples of optimizer step `global_step`, from 0."""
         epoch, position = divmod(global_step, self.steps_per_epoch)
         order = permutation(self.num_samples, self.seed, epoch)
         start = position * self.samples_per_step
-        samples = order[start : start + self.samples_per_step]
+        return order[start : start + self.samples_per_step]
+
+    def step(self, global_step: int) -> list[list[int]]:
+        """Returns this rank's micro-batches, lists of sample indices, of optimizer step `global_step`, from 0."""
+        samples = self.samples(global_step)
         return micro_batches(samples, self.batch_size, self.accumulation, self.rank, self.world_size)

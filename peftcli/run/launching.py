@@ -136,6 +136,7 @@ def start(launch: Launch, arguments: Sequence[str]) -> int:
 
     _quiet_torch()
     os.environ.setdefault(_GRACE, str(GRACE_SECONDS))
+    os.environ[processes.OWN_LAUNCHER] = "1"
     if launch.threads is not None:
         os.environ.setdefault("OMP_NUM_THREADS", str(launch.threads))
     with tempfile.TemporaryDirectory(prefix="peftcli-launch-") as folder:

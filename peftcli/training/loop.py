@@ -176,8 +176,7 @@ class Trainer:
     def _step(self) -> None:
         """Does one optimizer step, or raises a NumericalError without having changed a weight."""
         task, step, settings = self.task, self.progress.step, self.task.settings
-        micro_batches = task.plan.step(step)
-        batches = [task.batcher.batch(indices) for indices in micro_batches]
+        batches = [task.batcher.batch(indices) for indices in task.plan.step(step)]
         tokens, all_tokens = self.processes.sums(
             sum(batch.num_supervised for batch in batches), sum(batch.num_tokens for batch in batches)
         )
@@ -196,7 +195,7 @@ class Trainer:
             )
         )
         total_loss = self.processes.sums(summed)[0] / tokens
-        self._refuse_unless_finite(total_loss, norm, micro_batches)
+        self._refuse_unless_finite(total_loss, norm)
         self.prepared.step()
         # Else the loss scale was too large, and nothing was changed. Accelerate's word for that does not cover fused
         # optimizers, which are called all the same and do nothing.
@@ -227,7 +226,7 @@ class Trainer:
         if penalty is not None:
             self.accelerator.backward(penalty)
 
-    def _refuse_unless_finite(self, value: float, norm: float, micro_batches: list[list[int]]) -> None:
+    def _refuse_unless_finite(self, value: float, norm: float) -> None:
         """Raises a NumericalError, naming the rows, where the step's loss or gradient is not finite.
 
         With a loss scale the gradient may overflow: then the step is skipped and the scale halved. Below 1 it is no
@@ -242,7 +241,7 @@ class Trainer:
             names = checks.not_finite(self.parameters)
             which = names[0] if len(names) in range(1, len(self.parameters)) else "a parameter"
             what = f"the gradient of {which} is not finite"
-        rows = [index for indices in micro_batches for index in indices]
+        rows = self.task.plan.samples(self.progress.step).tolist()
         raise NumericalError(
             f"step {self.progress.step + 1}: {what}; the step was not applied "
             f"(training rows {', '.join(map(str, rows[:16]))}{' …' if len(rows) > 16 else ''})",

@@ -65,6 +65,10 @@ class TestThreads:
             worker(OMP_NUM_THREADS=set_to)
         assert processes.cpu_threads(Place(1, 4, 1, 2, launched=True)) == threads
 
+    def test_what_peftclis_own_launcher_passes_on_is_the_users(self, worker):
+        worker(OMP_NUM_THREADS="1", PEFTCLI_LAUNCHED="1")
+        assert processes.cpu_threads(Place(1, 2, 1, 2, launched=True)) is None
+
     def test_a_process_alone_has_what_torch_takes(self, monkeypatch):
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
         assert processes.cpu_threads(Place()) is None

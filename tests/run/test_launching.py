@@ -23,7 +23,8 @@ MEETING = ["--nnodes", "2", "--rdzv-endpoint", "gpu1:29500", "--rdzv-id", "17"]
 
 @pytest.fixture(autouse=True)
 def _not_launched(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    for name in (*names, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", processes.OWN_LAUNCHER):
         monkeypatch.setenv(name, "")  # so that what a test sets is taken back too
         monkeypatch.delenv(name)
 
