@@ -20,7 +20,7 @@ ROWS = 29
 
 def environment(**changes):
     """Returns an environment in which a new process finds the package and the tests, and is nobody's worker."""
-    launchers = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_", "TORCHELASTIC", "GROUP_", "PEFTCLI_")
+    launchers = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "TORCHELASTIC", "GROUP_", "PEFTCLI_")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(launchers)}
     return {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **changes}
 
