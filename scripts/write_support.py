@@ -2,8 +2,8 @@
 
     make support
 
-Runs tests/run/test_support.py, in which each test notes what it found, and writes a cell for each note. A test that
-fails leaves no cell and ends the script with an error, so the table cannot say what was not shown.
+Runs the tests that note what a method can do, and writes a cell for each note. A test that fails leaves no cell and
+ends the script with an error, so the table cannot say what was not shown.
 """
 
 from __future__ import annotations
@@ -21,13 +21,16 @@ from peftcli.recipe import method_names
 ROOT = Path(__file__).parent.parent
 TARGET = ROOT / "docs" / "methods.md"
 TASKS = ("causal-lm", "seq2seq-lm", "sequence-classification", "token-classification", "image-classification")
+TESTS = ("tests/run/test_support.py", "tests/distributed/test_same_adapter.py")
+"""Where tests note what they found."""
 FEATURES = {
     "merge": "merge",
     "export": "export as LoRA",
     "PEFT": "PEFT reads and writes it",
     "NF4": "on an NF4 base",
     "resume": "resumes bit for bit",
-    "distributed": "on several devices",
+    "ddp": "on two processes",
+    "fsdp2": "its base spread over two",
 }
 HEAD = """# What every method can do
 
@@ -36,7 +39,7 @@ tiny model of that task, `no` is refused before any work is done, or was never s
 method's equation, fields and defaults.
 
 Methods are shown with their default fields: `split_lora` merges and exports where it sums its heads, `hydralora` where
-it has one. Training on several devices is not in this version.
+it has one. What two processes train was compared with what one does, on a CPU; see [distributed.md](distributed.md).
 """
 
 
@@ -57,9 +60,9 @@ class Notes:
 def main() -> None:
     """Runs the tests and writes the page."""
     notes = Notes()
-    tests = str(ROOT / "tests" / "run" / "test_support.py")
+    tests = [str(ROOT / path) for path in TESTS]
     of_the_page = "test_the_page_has_every_method"  # which is about to be written
-    code = pytest.main(["-q", "-p", "no:cacheprovider", "-k", f"not {of_the_page}", tests], [notes])
+    code = pytest.main(["-q", "-p", "no:cacheprovider", "-k", f"not {of_the_page}", *tests], [notes])
     if code != 0:
         sys.exit("error: tests failed; docs/methods.md is as it was")
     TARGET.write_text(page(notes.found), encoding="utf-8")

@@ -66,7 +66,9 @@ def runs(workplace):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize(("name", "base", "optimizer"), CASES)
-def test_two_processes_train_what_one_does(name, base, optimizer, strategy, runs):
+def test_two_processes_train_what_one_does(name, base, optimizer, strategy, runs, record_property):
+    if base == "fp32":  # for the table of what every method can do
+        record_property("support", [name, strategy, ""])
     case = f"{name}-{base}-{optimizer}"
     one, two = runs.adapter(f"{case}-one"), runs.adapter(f"{case}-{strategy}")
     assert furthest(one, two) <= TOLERANCE[optimizer]
