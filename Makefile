@@ -6,7 +6,11 @@ BIN    := $(VENV)/bin
 MODEL  := $(HOME)/.cache/peftcli/SmolLM2-135M-Instruct
 STAMP  := $(VENV)/.installed
 
+<<<<<<< HEAD
 .PHONY: help install demo model encoder compare support test test-gpu test-deepspeed check format lint types schema bench clean
+=======
+.PHONY: help install demo model encoder compare costs support test check format lint types schema bench clean
+>>>>>>> wip-costs
 .DEFAULT_GOAL := help
 
 help:  ## Say what can be made.
@@ -29,6 +33,9 @@ encoder: $(STAMP)  ## Fetch the demo encoder, once.
 
 compare: encoder  ## Train every method on one small classification set and print a table.
 	@$(BIN)/python scripts/compare_methods.py
+
+costs: model  ## Measure what a base in 4 or 8 bits costs and saves on a CPU.
+	@$(BIN)/python scripts/nf4_costs.py
 
 demo: model  ## Train, evaluate, merge and answer with a real model, in a few minutes on a CPU.
 	$(BIN)/peftcli train recipes/quickstart.yaml --overwrite

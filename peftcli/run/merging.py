@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from peftcli.quantization import Packing
+    from peftcli.run.opening import Base
 
 CPU = torch.device("cpu")
 BASES = ("dequantised", "original")
@@ -64,7 +65,7 @@ def merge_onto(
         ModelError: As `merge`.
     """
     require_two_bases(subject)
-    with _opened(subject, target, dtype, reporter, overwrite=overwrite) as (work, new):
+    with _opened(subject, target, dtype, reporter, overwrite=overwrite, onto=base) as (work, new):
         count, found = 0, {}
         with tempfile.TemporaryDirectory(
             dir=new.parent, prefix=f".{target.name}-", suffix=files.TEMPORARY_SUFFIX
@@ -178,9 +179,18 @@ class _Work:
 
 @contextmanager
 def _opened(
-    subject: Subject, target: Path, dtype: str | None, reporter: Reporter, *, overwrite: bool
+    subject: Subject,
+    target: Path,
+    dtype: str | None,
+    reporter: Reporter,
+    *,
+    overwrite: bool,
+    onto: str = BASES[0],
 ) -> Iterator[tuple[_Work, Path]]:
-    """Yields what a merge needs, and the folder to write that becomes `target` when all went well."""
+    """Yields what a merge needs, and the folder to write that becomes `target` when all went well.
+
+    `onto` is which of `BASES` that folder will hold, for the note that says so.
+    """
     require_mergeable(subject)
     check_target(subject, target, overwrite=overwrite)
     inputs, base = proof_inputs(subject), subject.base
@@ -191,9 +201,19 @@ def _opened(
         skeleton = models.skeleton(base.config, base.section.task)
         packing = packing_of(base, skeleton)
         if base.quantization is not None:
-            which = f"the {len(packing.paths)}" if packing is not None else f"{base.section.name} comes packed: the"
-            reporter.note(
-                f"{which} linear layers that were held in {base.quantization.type} become the weights that these "
-                "stood for, adapted or not: that is what the adapter was trained on"
-            )
+            reporter.note(_said(base, packing, onto))
         yield _Work(subject, folder, skeleton, packing, wanted, inputs, reporter), new
+
+
+def _said(base: Base, packing: Packing | None, onto: str) -> str:
+    """Returns which weights the merged model will hold in the layers that were packed."""
+    assert base.quantization is not None
+    count = f"{len(packing.paths)} " if packing is not None else ""
+    layers = f"the {count}linear layers that were held in {base.quantization.type}"
+    if onto == "original":
+        return (
+            f"what is written holds the original weights of {layers}, where the adapter was trained on what these "
+            "stood for: another model than was trained, so both are made and measured"
+        )
+    comes = f"{base.section.name} comes packed: " if base.comes_packed else ""
+    return f"{comes}{layers} become the weights that these stood for, adapted or not: the adapter was trained on those"

@@ -145,10 +145,24 @@ def pack(
     count = quantization.quantize(model, section, kept, device, home if home != device else None)
     left = quantization.packable(model, kept)
     assert not left, f"{left[0]} was to be packed and is not"
+    if home.type == "cpu":
+        _leave_the_file(model)
     if reporter is not None:
         reporter.note(_said(model, count, section, device))
     placed: PreTrainedModel = model.to(home)  # type: ignore[arg-type]
     return placed
+
+
+def _leave_the_file(model: nn.Module) -> None:
+    """Gives what stayed dense memory of its own.
+
+    Weights are read by mapping their file, and as long as one tensor lies there, all of the file that was ever touched
+    counts as the process's memory: each dense weight that was packed, beside its packed form.
+    """
+    packed = {id(module.weight) for module in model.modules() if quantization.is_quantised(module)}
+    for parameter in model.parameters():
+        if id(parameter) not in packed:
+            parameter.data = parameter.data.clone()
 
 
 def load_packed(

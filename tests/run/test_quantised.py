@@ -13,7 +13,7 @@ from peftcli.errors import ModelError, RecipeError
 from peftcli.run import applying, planning
 from peftcli.run.exporting import export_as_lora
 from peftcli.run.merging import merge_onto
-from peftcli.run.opening import load_weights
+from peftcli.run.opening import load_weights, open_base
 from peftcli.run.subject import open_subject
 from tests.conftest import Recorder
 from tests.run.tasks import recipe_of, save_families
@@ -123,6 +123,20 @@ def test_its_dora_is_exported_beside_the_same_base(recipe_file, train):
     subject = open_subject(Path("run"), None, None)
     done = export_as_lora(subject, Path("lora"), 48, Recorder(), lossy=False, overwrite=False)
     assert done.agreement.max_difference < 1e-5  # of full rank
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of what is mapped")
+@pytest.mark.parametrize("section", [NF4, INT8], ids=["nf4", "int8"])
+def test_nothing_of_the_dense_weights_is_left_in_memory(section, recipe_file, model_folder, tmp_path):
+    """As long as one tensor lies in the mapped file, all of it counts as the process's memory."""
+    own = shutil.copytree(model_folder, tmp_path / "own")  # that no other test has mapped
+    wanted = recipe.load(recipe_file(model={"name": str(own)}, quantization=section)).recipe
+    model, _ = load_weights(open_base(wanted.model, packed=wanted.quantization), torch.device("cpu"))
+    assert str(own) not in Path("/proc/self/maps").read_text()
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    assert head.weight is embedding.weight, "the copies are not tied"
+    stored = load_file(model_folder / "model.safetensors")
+    assert torch.equal(embedding.weight, stored["model.embed_tokens.weight"])
 
 
 @pytest.fixture(scope="module")
@@ -284,6 +298,16 @@ class TestBothBases:
         expected = stored[f"{key}.weight"] + scale * B @ A
         assert torch.allclose(merged[f"{key}.weight"], expected, rtol=0, atol=1e-6)
         assert {entry.name for entry in Path().iterdir() if "merged" in entry.name} == {"merged"}
+
+    def test_it_says_which_weights_are_written(self, subject):
+        notes = {}
+        for base in ("dequantised", "original"):
+            recorder = Recorder()
+            merge_onto(subject, Path(base), None, base, recorder, overwrite=False)
+            (notes[base],) = recorder.notes
+        assert notes["dequantised"].startswith("the 14 linear layers that were held in nf4 become the weights")
+        assert "the original weights of the 14 linear layers that were held in nf4" in notes["original"]
+        assert "another model than was trained" in notes["original"]
 
     def test_into_the_dequantised_ones_it_is_the_default_with_both_errors(self, subject):
         found, _ = merge_onto(subject, Path("merged"), None, "dequantised", Recorder(), overwrite=False)
