@@ -6,11 +6,8 @@ BIN    := $(VENV)/bin
 MODEL  := $(HOME)/.cache/peftcli/SmolLM2-135M-Instruct
 STAMP  := $(VENV)/.installed
 
-<<<<<<< HEAD
-.PHONY: help install demo model encoder compare support test test-gpu test-deepspeed check format lint types schema bench clean
-=======
-.PHONY: help install demo model encoder compare costs support test check format lint types schema bench clean
->>>>>>> wip-costs
+.PHONY: help install demo model encoder compare costs support test test-gpu test-deepspeed check format lint types \
+        schema bench clean
 .DEFAULT_GOAL := help
 
 help:  ## Say what can be made.
