@@ -160,7 +160,7 @@ def _open_job(
     quantization.require_exact_biases(model, precision)
     _note_fresh(fresh, reporter)
     counts = manifest.parameter_counts(model)
-    _note_sizes(model, counts, precision, reporter)
+    _note_sizes(model, counts, group.device, precision, reporter)
     _note_processes(group, wanted.training, reporter)
     checks.all_are_alike(group, prepared.train.fingerprint, model)
     if wanted.training.gradient_checkpointing:
@@ -235,12 +235,14 @@ def _may_join(wanted: Recipe, model: PreTrainedModel, obstacle: str | None, repo
     return False
 
 
-def _note_sizes(model: PreTrainedModel, counts: dict[str, int | float], precision: str, reporter: Reporter) -> None:
+def _note_sizes(
+    model: PreTrainedModel, counts: dict[str, int | float], device: torch.device, precision: str, reporter: Reporter
+) -> None:
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     reporter.note(
         f"{counts['trainable_params']:,} of {counts['total_params']:,} parameters train "
         f"({counts['trainable_percent']:.3f} %) in {len(inject.adapters(model))} modules; "
-        f"base in {dtype} on {model.device}, mixed precision {precision}"
+        f"base in {dtype} on {device}, mixed precision {precision}"
     )
 
 
