@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from peftcli import models, quantization, targets
-from peftcli.errors import ModelError, Problem, RecipeError, did_you_mean
+from peftcli.errors import HostError, ModelError, Problem, RecipeError, did_you_mean
 from peftcli.quantization import Packing
 from peftcli.run.prepacked import check_stored, held
 
@@ -144,7 +144,11 @@ def pack(
     kept = _kept(model, section, dense)
     count = quantization.quantize(model, section, kept, device, home if home != device else None)
     left = quantization.packable(model, kept)
-    assert not left, f"{left[0]} was to be packed and is not"
+    if left:
+        raise HostError(
+            f"quantization: {len(left)} linear layers were to be held in {section.type} and are not, such as {left[0]}",
+            hint="the installed bitsandbytes does not do what this version expects: see configs/constraints.txt",
+        )
     if home.type == "cpu":
         _leave_the_file(model)
     if reporter is not None:

@@ -108,7 +108,7 @@ def test_one_process_hangs(workplace):
     assert said.count("error:") == 1, said
     assert "another process of this run has not answered for 4 seconds" in said
     assert "distributed.timeout" in said
-    assert seconds < 4 + SOON + 5  # the one that hangs is given 30 seconds to end
+    assert seconds < 4 + SOON + 15  # the one that hangs is given 30 seconds to end, and this machine may be busy
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda number: number.name)

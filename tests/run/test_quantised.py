@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from peftcli import quantization, recipe
-from peftcli.errors import ModelError, RecipeError
+from peftcli.errors import HostError, ModelError, RecipeError
 from peftcli.run import applying, planning
 from peftcli.run.exporting import export_as_lora
 from peftcli.run.merging import merge_onto
@@ -173,6 +173,15 @@ def test_biases_train_beside_packed_weights(recipe_file, train):
     assert agreement.max_difference < 1e-5
     with pytest.raises(ModelError, match=r"quantization\.compute_dtype: .* bfloat16 would round"):
         train(recipe_file(method={"type": "bitfit"}, quantization={"compute_dtype": "bfloat16"}), overwrite=True)
+
+
+def test_a_base_that_was_not_packed_does_not_train(recipe_file, train, monkeypatch):
+    monkeypatch.setattr(quantization, "quantize", lambda *_: 14)
+    with pytest.raises(
+        HostError, match=r"14 linear layers were to be held in nf4 and are not, such as model\.layers\.0"
+    ):
+        train(recipe_file(quantization=NF4))
+    assert not Path("run").exists()
 
 
 class TestWhatCannotBe:
