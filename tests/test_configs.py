@@ -61,9 +61,14 @@ class Stubs:
 
     def start(self, command, cwd, **variables):
         """Starts `command` with the stubs and nothing of this process's environment."""
-        return subprocess.Popen(
-            command, cwd=cwd, env={**self.environment, **variables}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
+        # A shell cannot trap a signal that it was started to ignore, as tests in the background are.
+        before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+        try:
+            return subprocess.Popen(
+                command, cwd=cwd, env={**self.environment, **variables}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            )
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def run(self, command, cwd, **variables):
         """Returns the exit code of `command`, which must not write to stderr."""
