@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 BUCKET_SIZE = 25_000_000
 """Numbers of gradients that are added up in one go: large enough for the link, small beside the model."""
 
-_LOST = re.compile(r"connection (reset|closed|refused)|remote process exited|broken pipe|socket.*closed|peer", re.I)
+_LOST = re.compile(r"connection (reset|closed|refused)|remote process exited|broken pipe|socket.*closed", re.I)
 _SILENT = re.compile(r"timed? ?out", re.I)
 
 

@@ -81,6 +81,7 @@ def check_losses():
         ("[gloo] Connection closed by peer [127.0.0.1]:1", PeerLostError),
         ("[gloo] Timed out waiting 5000ms for recv operation to complete", HostError),
         ("The size of tensor a (3) must match", RuntimeError),
+        ("peer access is not supported between these two devices", RuntimeError),
     ):
         with pytest.raises(kind) as caught, distributed.losses_explained(5):
             raise RuntimeError(text)
