@@ -143,6 +143,8 @@ def start(launch: Launch, arguments: Sequence[str]) -> int:
         try:
             _run(launch, arguments, folder)
         except ChildFailedError as error:
+            if launch.per_machine == processes.num_done(Path(folder)):  # one aborted as its interpreter ended
+                return 0
             return _exit_code(Path(folder), error, launch.machines)
         except Exception as error:
             said = processes.outcome_in(Path(folder))

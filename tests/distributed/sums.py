@@ -1,5 +1,6 @@
 """What two processes add up, checked in both: run by `test_processes.py` under torchrun."""
 
+import os
 import sys
 
 import pytest
@@ -166,3 +167,4 @@ def main():
 
 if __name__ == "__main__":
     main()
+    os._exit(0)  # torch and gloo now and then abort as the interpreter ends, with all work done
