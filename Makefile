@@ -26,7 +26,7 @@ model: $(STAMP)  ## Fetch and convert the demo model, once.
 	@$(BIN)/python scripts/demo_model.py --out $(MODEL) > /dev/null
 
 encoder: $(STAMP)  ## Fetch the demo encoder, once.
-	@$(BIN)/python scripts/demo_encoder.py > /dev/null
+	@$(BIN)/python -m scripts.demo_encoder > /dev/null
 
 compare: encoder  ## Train every method on one small classification set and print a table.
 	@$(BIN)/python scripts/compare_methods.py
@@ -72,10 +72,10 @@ schema: $(STAMP)  ## Write peftcli/recipe/schema.json anew from the code.
 support: $(STAMP)  ## Write docs/methods.md anew from the tests that pass.
 	@$(BIN)/python scripts/write_support.py
 
-bench: model  ## Measure against TRL, end to end, side by side in one run.
+bench: model  ## Measure time and memory beside PEFT and TRL; PARTS="methods memory" for some of it.
 	@test -x .venv-bench/bin/trl || { $(PYTHON) -m venv .venv-bench && \
 	  .venv-bench/bin/pip install --quiet --disable-pip-version-check -c configs/constraints.txt "torch==2.13.0" peft "trl==1.16.0"; }
-	@$(BIN)/python scripts/bench.py
+	@$(BIN)/python -m scripts.bench $(PARTS)
 
 clean:  ## Remove the environment and what the tools left; the model's cache stays.
 	rm -rf $(VENV) .venv-deepspeed .pytest_cache .mypy_cache .ruff_cache

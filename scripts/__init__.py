@@ -1,0 +1,1 @@
+"""What keeps the project: demo models and data, generated files, measurements."""
