@@ -25,7 +25,7 @@ def evaluate(
 ) -> dict[str, dict[str, float]]:
     """Returns the metrics of base, adapter and, where there is one, merged model on the same samples."""
     from peftcli.evaluation.tasks import evaluator
-    from peftcli.training.checks import joins_exactly
+    from peftcli.training.checks import finish_of, joins_exactly
 
     device = models.pick_device(device_name)
     reporter.stage("reading the data")
@@ -33,8 +33,8 @@ def evaluate(
     size = batch_size or (subject.recipe.training.per_device_eval_batch_size if subject.recipe else 8)
     reporter.stage("loading the base model")
     task, meaning = subject.base.section.task, subject.base.meaning
-    measure = evaluator(task, meaning.kind)
     model, _ = load_weights(subject.base, device, subject.seed, reporter)
+    measure = evaluator(task, meaning.kind, finish_of(model) if task in models.LANGUAGE_TASKS else None)
     joins = task == "causal-lm" and joins_exactly(model)
     batcher = make_batcher(samples, subject.base, joins=joins)
     found: dict[str, dict[str, float]] = {}

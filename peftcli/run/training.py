@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from peftcli.data import PreparedData
     from peftcli.methods._protocol import Method, MethodConfig
     from peftcli.training.distributed import Processes
+    from peftcli.training.head import Finish
     from peftcli.training.logs import MetricsLog, TensorBoardLog
     from peftcli.training.loop import Result, Task
     from peftcli.training.zero_settings import ZeroSettings
@@ -60,6 +61,7 @@ class Job:
         config: Its Config.
         data: The encoded samples.
         joins: Whether batches may be padding-free.
+        finish: What a language model does to its head's logits; None where that is not known.
         counts: How many parameters are which, counted before the base was spread.
         group: The run's processes.
     """
@@ -72,6 +74,7 @@ class Job:
     config: MethodConfig
     data: PreparedData
     joins: bool
+    finish: Finish | None
     counts: dict[str, int | float]
     group: Processes
 
@@ -155,6 +158,7 @@ def _open_job(
     home = torch.device("cpu") if spread else None
     model, fresh = load_weights(base, group.device, wanted.training.seed, reporter, wide=fit.trains_base, hold_on=home)
     joins = _may_join(wanted, model, method.obstacle(config, "flat"), reporter)
+    finish = _finish(wanted.model.task, model, reporter)
     inject.graft(model, method, config, wanted.training.seed, trained=fresh)
     inject.widen_trained(model)
     quantization.require_exact_biases(model, precision)
@@ -169,7 +173,8 @@ def _open_job(
         reporter.note(remark)
     if spread:
         reporter.note(_spread(model, settings, group))
-    return Job(wanted, Path(wanted.output_dir or "runs"), base, model, method, config, prepared, joins, counts, group)
+    folder = Path(wanted.output_dir or "runs")
+    return Job(wanted, folder, base, model, method, config, prepared, joins, finish, counts, group)
 
 
 def _spread(model: PreTrainedModel, settings: ZeroSettings | None, group: Processes) -> str:
@@ -235,6 +240,19 @@ def _may_join(wanted: Recipe, model: PreTrainedModel, obstacle: str | None, repo
     return False
 
 
+def _finish(task: str, model: PreTrainedModel, reporter: Reporter) -> Finish | None:
+    """Returns what a language model does to its head's logits, having tried it; None where that is nothing known."""
+    if task not in models.LANGUAGE_TASKS:
+        return None
+    found = checks.finish_of(model)
+    if found is None:
+        reporter.note(
+            f"the loss takes the logits of all supervised tokens at once: what {model.config.model_type} does to them "
+            "after its head is not known"
+        )
+    return found
+
+
 def _note_sizes(
     model: PreTrainedModel, counts: dict[str, int | float], device: torch.device, precision: str, reporter: Reporter
 ) -> None:
@@ -294,7 +312,7 @@ def _task(job: Job, first_step: int, reporter: Reporter) -> Task:
     if job.data.eval is not None:
         held_out = make_batcher(job.data.eval, job.base, joins=job.joins, always=always, prompts=prompts)
         size = settings.per_device_eval_batch_size
-        measure = partial(evaluator(task, kind), processes=job.group)
+        measure = partial(evaluator(task, kind, job.finish), processes=job.group)
         eval_with = partial(measure, job.model, held_out, size, job.group.device, reporter.advance)
     learning_rate = settings.learning_rate or job.method.default_learning_rate
     return Task(
@@ -304,7 +322,7 @@ def _task(job: Job, first_step: int, reporter: Reporter) -> Task:
         settings=settings,
         learning_rate=learning_rate,
         head_learning_rate=settings.head_learning_rate or job.method.default_head_learning_rate or learning_rate,
-        objective=objective(task, kind),
+        objective=objective(task, kind, job.finish),
         plan=StepPlan(
             len(job.data.train),
             settings.per_device_train_batch_size,

@@ -7,11 +7,15 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peftcli import sharding
+from peftcli.data.collation import Batch
 from peftcli.errors import HostError, ModelError, NumericalError
 from peftcli.quantization import is_int8
+from peftcli.targets import output_head
+from peftcli.training import loss
+from peftcli.training.head import Finish, head_sees, possible_finishes
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -21,6 +25,10 @@ if TYPE_CHECKING:
 
 LAYOUT_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 1e-1, torch.float16: 3e-2}
 """How far logits may differ between layouts, relative to the largest: rounding, but not a leak between samples."""
+ROUNDING = {torch.bfloat16: 2e-2, torch.float16: 4e-3}
+"""How far the same few operations on the same numbers may differ, relative to the largest; 1e-5 where not named."""
+LARGE = 30.0
+"""What hidden states are multiplied with so that a cap on logits shows, whatever their size."""
 
 
 def something_trains(parameters: Mapping[str, nn.Parameter]) -> None:
@@ -142,3 +150,63 @@ def joins_exactly(model: PreTrainedModel) -> bool:
     rounded = any(is_int8(module) for module in model.modules())
     tolerance = LAYOUT_TOLERANCE[torch.bfloat16] if rounded else LAYOUT_TOLERANCE.get(joined.dtype, 1e-3)
     return bool((joined - apart).abs().max() <= tolerance * apart.abs().max())
+
+
+@torch.no_grad()
+def finish_of(model: PreTrainedModel) -> Finish | None:
+    """Returns what `model`, without adapters, does to its head's logits; None where that is nothing known.
+
+    Tried on nine tokens: once with hidden states that are large enough for any cap to show, to compare what the head
+    returns with what the model does, and once to compare the loss that is computed from it with the plain one.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        found = _finish_tried(model)
+        return found if found is None or _scores_alike(model, found) else None
+    except (TypeError, ValueError, RuntimeError):  # a model that cannot be asked so
+        return None
+    finally:
+        model.train(was_training)
+
+
+def _finish_tried(model: Any) -> Finish | None:
+    """Returns the finish that comes nearest to turning the head's logits into the model's; None where none does."""
+    head = output_head(model)
+    if head is None:
+        return None
+    of_head: list[Tensor] = []
+    handle = head.register_forward_hook(lambda _, given, z: of_head.append(z))
+    batch, inputs = _trial(model)
+    try:
+        with head_sees(model, lambda _, hidden: torch.cat([hidden, LARGE * hidden], dim=1)):
+            logits = loss.logits_of(model, batch, use_cache=False, **inputs)
+    finally:
+        handle.remove()
+    (z,) = of_head
+    if z.shape != logits.shape:
+        return None
+    nearest = min(possible_finishes(model.config), key=lambda one: float((one(z) - logits).abs().max()))
+    return nearest if _alike(nearest(z), logits) else None
+
+
+def _scores_alike(model: Any, finish: Finish) -> bool:
+    """Returns whether the loss by `finish` is that of the model's own logits."""
+    batch, inputs = _trial(model)
+    score = loss.score_answers if inputs else loss.score
+    ours, theirs = (score(model, batch, finish=one).loss for one in (finish, None))
+    return _alike(ours, theirs)
+
+
+def _trial(model: Any) -> tuple[Batch, dict[str, Tensor]]:
+    """Returns a short batch, and what the decoder gets where the model has an encoder as well."""
+    embedding = model.get_input_embeddings()
+    ids = torch.arange(9, device=embedding.weight.device)[None] * 7 % embedding.weight.shape[0]
+    batch = Batch(ids, ids, torch.ones_like(ids), None, num_tokens=9, num_supervised=8)
+    return batch, {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+
+
+def _alike(ours: Tensor, theirs: Tensor) -> bool:
+    """Returns whether two tensors differ by no more than rounding."""
+    tolerance = ROUNDING.get(ours.dtype, 1e-5)
+    return bool((ours - theirs).abs().max() <= tolerance * theirs.abs().max())

@@ -1,16 +1,15 @@
-"""The causal language-model loss, computed only where there is something to learn.
+"""The loss of a language model, computed only where there is something to learn.
 
 The output head and the cross-entropy run on the supervised positions alone: of a prompt and its answer, only the
-answer's tokens cost a row of the vocabulary's size. The head is reached by a forward pre-hook that picks these rows
-from the hidden states, so whatever a model does to its logits afterwards (scaling, capping) stays the model's own code.
+answer's tokens cost a row of the vocabulary's size. And of these rows, only a chunk exists at a time, if it is known
+what the model does to its logits after the head (`Finish`): what a step needs does not grow with tokens × vocabulary.
+Where it is not known, the model's own code makes of all supervised rows what it makes of them.
 
-Shapes: B batch, L length, D hidden, V vocabulary, N supervised positions.
+Shapes: B batch, L length, M length of the answer, D hidden, V vocabulary, N supervised positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from torch.nn import functional as F
 from peftcli import inject
 from peftcli.data.collation import Batch
 from peftcli.data.dataset import IGNORED
-from peftcli.targets import output_head
+from peftcli.training.head import Finish, head_scores, head_sees
 
 
 class Scores(NamedTuple):
@@ -35,54 +34,65 @@ class Scores(NamedTuple):
     correct: Tensor | None
 
 
-@contextmanager
-def head_sees(model: nn.Module, keep_BL: Tensor) -> Iterator[None]:
-    """While entered, the model's output head gets only the hidden states [1, N, D] at `keep_BL`, in reading order."""
-    head = output_head(model)
-    if head is None:
-        yield
-        return
+def score(model: nn.Module, batch: Batch, *, finish: Finish | None = None, count_correct: bool = False) -> Scores:
+    """Returns the summed loss of the batch's supervised tokens, in float32 whatever the model computes in.
 
-    def pick(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden = arguments[0]
-        return (hidden[keep_BL].unsqueeze(0), *arguments[1:]) if hidden.shape[:2] == keep_BL.shape else arguments
-
-    handle = head.register_forward_pre_hook(pick)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def supervised_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Returns the logits [N, V] that predict the supervised tokens, and these tokens' ids [N].
-
-    `model` may be wrapped for distributed training; the head is found in the module inside.
+    Args:
+        model: The model; it may be wrapped for distributed training: the head is found in the module inside.
+        batch: What it reads, and the labels.
+        finish: What `checks.finish_of` found; None where it is not known what the model does to its logits.
+        count_correct: Whether to count the tokens that had the highest logit.
     """
-    targets_BL = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)  # position t predicts token t + 1
-    keep_BL = targets_BL != IGNORED
-    with head_sees(getattr(model, "module", model), keep_BL):
-        logits = logits_of(model, batch, use_cache=False)
-    if logits.shape[:2] == keep_BL.shape:  # a model whose head is not a module of its own
-        logits = logits[keep_BL]
-    return logits.reshape(-1, logits.shape[-1]), targets_BL[keep_BL]
+    return _score(model, batch, _next_tokens(batch), finish, count_correct)
 
 
-def score_answers(model: nn.Module, batch: Batch, *, count_correct: bool = False) -> Scores:
+def score_answers(
+    model: nn.Module, batch: Batch, *, finish: Finish | None = None, count_correct: bool = False
+) -> Scores:
     """Returns what `score` returns, for a model that reads one text and answers with another.
 
     The decoder's inputs are the answer shifted by the model itself.
     """
     inner: Any = getattr(model, "module", model)
-    keep_BM = batch.labels != IGNORED
     shifted = inner.prepare_decoder_input_ids_from_labels(labels=batch.labels)
-    with head_sees(inner, keep_BM):
-        logits = logits_of(model, batch, decoder_input_ids=shifted, use_cache=False)
-    if logits.shape[:2] == keep_BM.shape:
-        logits = logits[keep_BM]
-    logits, targets = logits.reshape(-1, logits.shape[-1]), batch.labels[keep_BM]
-    correct = (logits.detach().argmax(dim=-1) == targets).sum() if count_correct else None
-    return Scores(F.cross_entropy(logits.float(), targets, reduction="sum"), correct)
+    return _score(model, batch, batch.labels, finish, count_correct, decoder_input_ids=shifted)
+
+
+def _next_tokens(batch: Batch) -> Tensor:
+    return F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)  # position t predicts token t + 1
+
+
+def _score(
+    model: nn.Module, batch: Batch, targets_BL: Tensor, finish: Finish | None, count_correct: bool, **inputs: Tensor
+) -> Scores:
+    if finish is None:
+        logits, targets = _supervised_logits(model, batch, targets_BL, **inputs)
+        hits = (logits.detach().argmax(dim=-1) == targets).sum() if count_correct else None
+        return Scores(F.cross_entropy(logits.float(), targets, reduction="sum"), hits)
+    inner, keep_BL = getattr(model, "module", model), targets_BL != IGNORED
+    with head_scores(inner, targets_BL, keep_BL, finish, count_correct=count_correct) as found:
+        nothing = logits_of(model, batch, use_cache=False, **inputs)
+    ((loss, correct),) = found
+    # The sum of no logits ties the loss to what the model returned: FSDP2 waits for a gradient to come back there.
+    return Scores(loss + nothing.sum().to(loss.dtype), correct if count_correct else None)
+
+
+def supervised_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Returns the logits [N, V] that predict the supervised tokens, and these tokens' ids [N]."""
+    return _supervised_logits(model, batch, _next_tokens(batch))
+
+
+def _supervised_logits(model: nn.Module, batch: Batch, targets_BL: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor]:
+    keep_BL = targets_BL != IGNORED
+
+    def pick(_: nn.Module, hidden: Tensor) -> Tensor:
+        return hidden[keep_BL].unsqueeze(0) if hidden.shape[:2] == keep_BL.shape else hidden
+
+    with head_sees(getattr(model, "module", model), pick):
+        logits = logits_of(model, batch, use_cache=False, **inputs)
+    if logits.shape[:2] == keep_BL.shape:  # a model whose head is not a module of its own
+        logits = logits[keep_BL]
+    return logits.reshape(-1, logits.shape[-1]), targets_BL[keep_BL]
 
 
 def logits_of(model: nn.Module, batch: Any, **options: Any) -> Tensor:
@@ -91,13 +101,6 @@ def logits_of(model: nn.Module, batch: Any, **options: Any) -> Tensor:
     given = {name: tensor for name, tensor in batch.model_inputs().items() if tensor is not None}
     logits: Tensor = model(**given, **options).logits
     return logits
-
-
-def score(model: nn.Module, batch: Batch, *, count_correct: bool = False) -> Scores:
-    """Returns the summed loss of the batch's supervised tokens, in float32 whatever the model computes in."""
-    logits, targets = supervised_logits(model, batch)
-    correct = (logits.detach().argmax(dim=-1) == targets).sum() if count_correct else None
-    return Scores(F.cross_entropy(logits.float(), targets, reduction="sum"), correct)
 
 
 def score_reference(model: nn.Module, batch: Batch) -> Tensor:

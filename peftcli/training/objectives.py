@@ -16,22 +16,24 @@ from torch.nn import functional as F
 
 from peftcli.data.dataset import IGNORED
 from peftcli.training import loss
+from peftcli.training.head import Finish
 
 Objective: TypeAlias = Callable[[nn.Module, Any], Tensor]
 """Takes the model, perhaps wrapped for distributed training, and a batch; returns the summed loss with its gradient."""
 
 
-def objective(task: str, kind: str = "single-label") -> Objective:
+def objective(task: str, kind: str = "single-label", finish: Finish | None = None) -> Objective:
     """Returns the objective of a task.
 
     Args:
         task: The recipe's `model.task`.
         kind: What the labels are, as in `data.labels.Labels.kind`.
+        finish: What a language model does to its head's logits; None where that is not known.
     """
     if task == "causal-lm":
-        return lambda model, batch: loss.score(model, batch).loss
+        return lambda model, batch: loss.score(model, batch, finish=finish).loss
     if task == "seq2seq-lm":
-        return lambda model, batch: loss.score_answers(model, batch).loss
+        return lambda model, batch: loss.score_answers(model, batch, finish=finish).loss
     of_logits = cross_entropy if task != "sequence-classification" else OF_KIND[kind]
     return lambda model, batch: of_logits(label_logits(model, batch), batch.labels)
 

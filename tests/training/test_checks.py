@@ -105,7 +105,8 @@ def test_such_a_model_is_trained_on_padded_batches(mamba_recipe, train, monkeypa
     original = loss.score
 
     def seen(model, batch, **options):
-        layouts.append("padded" if batch.position_ids is None else "flat")
+        if inject.adapters(model):  # else it is a trial of the base
+            layouts.append("padded" if batch.position_ids is None else "flat")
         return original(model, batch, **options)
 
     monkeypatch.setattr(loss, "score", seen)
@@ -126,7 +127,8 @@ def test_an_attention_model_does_as_it_is_told(recipe_file, train, monkeypatch, 
     seen, original = set(), loss.score
 
     def score(model, batch, **options):
-        seen.add("padded" if batch.position_ids is None else "flat")
+        if inject.adapters(model):
+            seen.add("padded" if batch.position_ids is None else "flat")
         return original(model, batch, **options)
 
     monkeypatch.setattr(loss, "score", score)
