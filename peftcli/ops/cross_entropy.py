@@ -23,8 +23,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 CHUNK_BYTES = 64_000_000
-"""How large a chunk's logits may be in float32. At most three tensors of that size are alive at a time: the logits,
-their softmax, and one of what the projection itself keeps."""
+"""How large a chunk's logits may be in float32. Up to three tensors of that size are alive at a time: the logits, their
+softmax, and one of another dtype; and whatever more the projection keeps for its own gradient."""
 FEWEST_ROWS = 16
 """A chunk is never smaller, however large the vocabulary: fewer rows than that leave a matrix product idle."""
 FLOAT16_BOOST = 1024.0

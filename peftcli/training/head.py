@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcli import inject
-from peftcli.ops.cross_entropy import Work, chunked_cross_entropy, rows_for
+from peftcli.ops.cross_entropy import CHUNK_BYTES, Work, chunked_cross_entropy, rows_for
 from peftcli.targets import output_head
 
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
@@ -40,6 +40,11 @@ class Finish:
 
     scale: float = 1.0
     cap: float | None = None
+
+    @property
+    def chunk_bytes(self) -> int:
+        """How large a chunk's logits may be: half where a cap doubles the tensors that are alive with them."""
+        return CHUNK_BYTES if self.cap is None else CHUNK_BYTES // 2
 
     def __call__(self, z: Tensor) -> Tensor:
         """Returns the model's logits, in `z`'s dtype."""
@@ -95,7 +100,7 @@ def head_scores(
         work = Work(
             targets_BL[keep_BL],
             lambda chunk: finish(head.forward(chunk.unsqueeze(0))).squeeze(0),
-            rows_for(len(head.weight)),  # type: ignore[arg-type]
+            rows_for(len(head.weight), finish.chunk_bytes),  # type: ignore[arg-type]
             count_correct,
         )
         inside = [*head.parameters(), *(shared.parameters() if shared is not None else ())]

@@ -26,7 +26,7 @@ class Scores(NamedTuple):
     """What a batch's supervised tokens cost.
 
     Attributes:
-        loss: The sum of the negative log-likelihoods in nats, a float32 scalar that carries the gradient.
+        loss: The sum of the negative log-likelihoods in nats, a scalar in float32 or wider that carries the gradient.
         correct: How many of the tokens had the highest logit, a scalar; None unless asked for.
     """
 
@@ -68,7 +68,7 @@ def _score(
     if finish is None:
         logits, targets = _supervised_logits(model, batch, targets_BL, **inputs)
         hits = (logits.detach().argmax(dim=-1) == targets).sum() if count_correct else None
-        return Scores(F.cross_entropy(logits.float(), targets, reduction="sum"), hits)
+        return Scores(F.cross_entropy(_wide(logits), targets, reduction="sum"), hits)
     inner, keep_BL = getattr(model, "module", model), targets_BL != IGNORED
     with head_scores(inner, targets_BL, keep_BL, finish, count_correct=count_correct) as found:
         nothing = logits_of(model, batch, use_cache=False, **inputs)
@@ -107,9 +107,13 @@ def score_reference(model: nn.Module, batch: Batch) -> Tensor:
     """Returns what `score`'s loss must equal: all logits, shifted by one, unsupervised positions ignored."""
     logits = logits_of(model, batch, use_cache=False)
     loss: Tensor = F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), batch.labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
+        _wide(logits[:, :-1].flatten(0, 1)), batch.labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
     )
     return loss
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def noise_seed(seed: int, *where: int) -> int:

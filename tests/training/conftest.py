@@ -44,6 +44,7 @@ def make_trainer(make_model, tmp_path):
     ):
         from accelerate import Accelerator
 
+        from peftcli.training.checks import finish_of
         from peftcli.training.distributed import alone
         from peftcli.training.logs import MetricsLog
         from peftcli.training.loop import Task, Trainer
@@ -55,6 +56,7 @@ def make_trainer(make_model, tmp_path):
             **{"per_device_train_batch_size": 2, "learning_rate": 0.01, "logging_steps": 1, **settings}
         )
         model = make_model() if model is None else model
+        finish = finish_of(model)
         inject.graft(model, kind, config, settings.seed)
         samples = dataset(lengths)
         size, accumulation = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
@@ -70,7 +72,7 @@ def make_trainer(make_model, tmp_path):
             settings=settings,
             learning_rate=settings.learning_rate,
             head_learning_rate=settings.learning_rate,
-            objective=objective("causal-lm"),
+            objective=objective("causal-lm", finish=finish),
             plan=StepPlan(len(samples), size, accumulation, settings.seed),
             batcher=Batcher(samples, 1, 48, joins, joins),
             evaluate=None if found is None else evaluate,

@@ -1,17 +1,19 @@
-"""The layouts' self-check: true for attention that keeps samples apart, false for whatever mixes neighbours."""
+"""What is tried on the base: that attention keeps samples apart, and what becomes of the head's logits."""
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, MambaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig
 from transformers.modeling_outputs import CausalLMOutput
 
+from peftcli import inject
 from peftcli.data.collation import collate
 from peftcli.data.dataset import Sample
 from peftcli.errors import ModelError
-from peftcli.training import loss
-from peftcli.training.checks import joins_exactly
+from peftcli.training import checks, loss
+from peftcli.training.checks import finish_of, joins_exactly
+from peftcli.training.head import Finish
 from tests.conftest import Recorder
 from tests.tolerances import LOSS
 
@@ -136,3 +138,99 @@ def test_an_attention_model_does_as_it_is_told(recipe_file, train, monkeypatch, 
     train(recipe_file(data={"padding_free": padding_free}, training={"max_steps": 1}), reporter=recorder)
     assert seen == layouts
     assert not any("batches are padded" in note for note in recorder.notes)
+
+
+# ---- what a model does to its head's logits ----
+
+
+class Bending(Mixing):
+    """A model that does to its logits what no field of its configuration says."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.change, self.config = change, LlamaConfig()
+        self.config._attn_implementation = "eager"
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, use_cache=False):
+        return CausalLMOutput(logits=self.change(super().forward(input_ids).logits))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "changes", "expected"),
+    [
+        ("Llama", {}, Finish()),
+        ("Gemma2", {"final_logit_softcapping": 30.0}, Finish(cap=30.0)),
+        ("Gemma3", {"final_logit_softcapping": None}, Finish()),
+        ("Cohere", {"logit_scale": 0.0625}, Finish(0.0625)),
+        ("Granite", {"logits_scaling": 8.0}, Finish(0.125)),  # divides
+        ("HyperCLOVAX", {"logits_scaling": 8.0}, Finish(8.0)),  # multiplies with a field of the same name
+        ("FalconH1", {"lm_head_multiplier": 0.5, "mamba_d_ssm": 32, "mamba_n_heads": 4}, Finish(0.5)),
+    ],
+)
+def test_what_becomes_of_logits_is_found(kind, changes, expected, dtype):
+    import transformers
+
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "vocab_size": 128,
+        "pad_token_id": 1,
+    }
+    config = getattr(transformers, f"{kind}{'Text' if kind == 'Gemma3' else ''}Config")(**{**sizes, **changes})
+    model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
+    assert finish_of(model) == expected
+    assert model.training  # as it was
+
+
+@pytest.mark.parametrize(
+    "change", [lambda z: 20 * torch.tanh(z / 20), lambda z: z * 1.01, lambda z: z[..., :-1], lambda z: z[:, -1:]]
+)
+def test_what_no_configuration_says_is_not_guessed(change):
+    assert finish_of(Bending(lambda z: z)) == Finish()
+    assert finish_of(Bending(change)) is None
+
+
+def test_a_head_that_is_used_twice_is_left_alone():
+    model = Bending(lambda z: z)
+    first = model.head.forward
+    model.forward = lambda input_ids, **given: CausalLMOutput(
+        logits=model.head(model.embedding(input_ids)) + model.head(model.embedding(input_ids + 1))
+    )
+    assert first is not None
+    assert finish_of(model) is None
+
+
+def test_a_model_without_a_head_of_its_own(make_model):
+    model = make_model()
+    model.get_output_embeddings = lambda: None
+    assert finish_of(model) is None
+
+
+def test_finding_out_leaves_no_trace(make_model):
+    model = make_model("gpt2").train()
+    before = torch.get_rng_state()
+    assert finish_of(model) == Finish()
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not model.lm_head._forward_hooks
+    assert not model.lm_head._forward_pre_hooks
+
+
+def test_a_run_says_that_it_takes_all_logits_at_once(recipe_file, train, monkeypatch):
+    """And learns the same."""
+    losses = []
+    for found in (Finish(), None):
+        monkeypatch.setattr(checks, "finish_of", lambda model, found=found: found)
+        recorder = Recorder()
+        train(recipe_file(training={"max_steps": 2}), f"output_dir={found is None}", reporter=recorder)
+        assert any("all supervised tokens at once" in note for note in recorder.notes) == (found is None)
+        losses.append(list(recorder.losses.values()))
+    assert losses[0] == pytest.approx(losses[1], rel=LOSS)

@@ -1,14 +1,18 @@
-"""The loss on supervised rows alone, against all logits and the plain shifted cross-entropy."""
+"""The loss on supervised rows alone, whole or in chunks, against all logits and the plain shifted cross-entropy."""
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig
 
-from peftcli import inject, methods
+from peftcli import inject, methods, quantization
 from peftcli.data.collation import collate
 from peftcli.data.dataset import Sample
-from peftcli.training import loss
+from peftcli.recipe import QuantizationSection
+from peftcli.training import checks, head, loss
+from peftcli.training.head import Finish
+from tests.families import tiny_model
+from tests.methods.building import SMALL
 from tests.tolerances import LOSS
 
 LENGTHS = (9, 3, 14, 6)
@@ -50,15 +54,35 @@ def make(name, make_model):
         return tiny(Gemma2Config, final_logit_softcapping=0.2, attn_implementation="eager")
     if name == "cohere":  # scales its logits
         return tiny(CohereConfig, logit_scale=0.3)
-    return make_model(name.partition("-")[0], tie_word_embeddings=name.endswith("-tied"))
+    if name == "granite":  # divides them
+        return tiny(GraniteConfig, logits_scaling=3.0)
+    model = make_model(name.partition("-")[0], tie_word_embeddings=name.endswith("-tied"))
+    if name == "llama-biased":
+        model.lm_head.bias = torch.nn.Parameter(torch.randn(128))
+    return model
 
 
-MODELS = ["llama-untied", "llama-tied", "gpt2-tied", "gpt2-untied", "gemma2", "cohere"]
+FINISHES = {"gemma2": Finish(cap=0.2), "cohere": Finish(0.3), "granite": Finish(1 / 3)}
+MODELS = ["llama-untied", "llama-tied", "llama-biased", "gpt2-tied", "gpt2-untied", *FINISHES]
+ON_THE_HEAD = ["bitfit", "full"] + [
+    name for name in methods.names() if "target_modules" in methods.load(name).Config.model_fields
+]
+CHUNKS = ["whole", "one chunk", "many chunks"]
 
 
-def adapted(name, make_model, **fields):
-    model, method = make(name, make_model), methods.load("lora")
-    inject.graft(model, method, method.Config(r=4, **fields), seed=0)
+@pytest.fixture(params=CHUNKS)
+def chunks(request, monkeypatch):
+    """How the supervised rows go through the head; in chunks of three where in many."""
+    if request.param == "many chunks":
+        monkeypatch.setattr(head, "rows_for", lambda vocabulary, budget: 3)
+    return request.param
+
+
+def adapted(name, make_model, method="lora", dtype=torch.float64, **fields):
+    model, kind = make(name, make_model).to(dtype), methods.load(method)
+    own = {key: value for key, value in SMALL.items() if key in kind.Config.model_fields}
+    inject.graft(model, kind, kind.Config.model_validate({**own, **fields}), seed=0)
+    model.to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -72,10 +96,11 @@ def gradients(model, value):
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def assert_equals_reference(model, given):
+def assert_equals_reference(model, given, finish=None):
     theirs = loss.score_reference(model, given)
     expected = gradients(model, theirs)
-    ours = loss.score(model, given).loss
+    ours = loss.score(model, given, finish=finish).loss
+    assert ours.dtype == theirs.dtype
     found = gradients(model, ours)
     assert ours.item() == pytest.approx(theirs.item(), rel=LOSS)
     assert found.keys() == expected.keys()
@@ -86,14 +111,18 @@ def assert_equals_reference(model, given):
 
 @pytest.mark.parametrize("layout", ["padded", "flat"])
 @pytest.mark.parametrize("name", MODELS)
-def test_loss_and_gradients_equal_the_reference(make_model, name, layout):
-    assert_equals_reference(adapted(name, make_model), batch(layout))
+def test_loss_and_gradients_equal_the_reference(make_model, name, layout, chunks):
+    finish = None if chunks == "whole" else FINISHES.get(name, Finish())
+    assert_equals_reference(adapted(name, make_model), batch(layout), finish)
 
 
-@pytest.mark.parametrize("name", ["llama-untied", "gpt2-tied"])
-@pytest.mark.parametrize("layout", ["padded", "flat"])
-def test_with_an_adapter_on_the_head(make_model, name, layout):
-    assert_equals_reference(adapted(name, make_model, target_modules=["lm_head"]), batch(layout))
+@pytest.mark.parametrize("method", ON_THE_HEAD)
+@pytest.mark.parametrize("name", ["llama-biased", "gpt2-tied"])
+def test_with_an_adapter_on_the_head(make_model, name, method, chunks):
+    kind = methods.load(method)
+    fields = {"target_modules": ["lm_head"]} if "target_modules" in kind.Config.model_fields else {}
+    model = adapted(name, make_model, method, **fields)
+    assert_equals_reference(model, batch("flat"), None if chunks == "whole" else Finish())
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -116,6 +145,20 @@ def test_the_layouts_agree(make_model, layout):
     assert loss.score(model, batch(layout)).loss.item() == pytest.approx(alone, rel=LOSS)
 
 
+def test_chunks_of_few_rows_go_through_the_head_and_no_row_through_the_model(make_model, monkeypatch):
+    """The model's own logits are those of no row; the head is called once, so that its weights are gathered once."""
+    monkeypatch.setattr(head, "rows_for", lambda vocabulary, budget: 3)
+    model, sizes, calls = make_model(), [], []
+    model.lm_head.register_forward_hook(lambda module, given, logits: calls.append(tuple(logits.shape)))
+    forward = type(model.lm_head).forward
+    model.lm_head.forward = lambda x: sizes.append(len(x[0])) or forward(model.lm_head, x)
+    loss.score(model, batch("padded"), finish=Finish())
+    assert calls == [(1, 0, 128)]
+    assert sum(sizes) == NUM_SUPERVISED
+    assert max(sizes) <= 3
+    assert len(sizes) > 3
+
+
 @pytest.mark.parametrize("layout", ["padded", "flat"])
 def test_only_supervised_rows_go_through_the_head(make_model, layout):
     model, seen = make_model(), []
@@ -134,7 +177,8 @@ def test_the_model_is_left_as_it_was(make_model):
     assert not model.lm_head._forward_pre_hooks
 
 
-def test_counts_the_tokens_that_had_the_highest_logit(make_model):
+def test_counts_the_tokens_that_had_the_highest_logit(make_model, chunks):
+    finish = None if chunks == "whole" else Finish()
     model, given = make_model(), batch("padded")
     with torch.no_grad():
         choices = model(input_ids=given.input_ids, attention_mask=given.attention_mask).logits[:, :-1].argmax(-1)
@@ -144,12 +188,64 @@ def test_counts_the_tokens_that_had_the_highest_logit(make_model):
     kept[1:][kept[1:] != -100] = torch.tensor(chosen)
     labels = given.labels.clone()
     labels[0] = kept
-    right = loss.score(model, type(given)(**{**vars(given), "labels": labels}), count_correct=True).correct
-    plain = loss.score(model, given, count_correct=True).correct
+    altered = type(given)(**{**vars(given), "labels": labels})
+    right = loss.score(model, altered, finish=finish, count_correct=True).correct
+    plain = loss.score(model, given, finish=finish, count_correct=True).correct
     wrong_before = sum(a != b for a, b in zip(chosen, given.labels[0, 1:][kept[1:] != -100].tolist(), strict=True))
     assert wrong_before > 0
     assert right - plain == wrong_before
-    assert loss.score(model, given).correct is None
+    assert loss.score(model, given, finish=finish).correct is None
+
+
+def test_answers_in_chunks(chunks):
+    """T5 scales the hidden states of a tied head by itself, before it."""
+    model = tiny_model("t5", "T5ForConditionalGeneration", tie_word_embeddings=True)
+    finish = None if chunks == "whole" else checks.finish_of(model)
+    goals = [np.array(ids, np.int32) for ids in ([9, 8, 2], [7, 2], [5, 6, 7, 8, 2])]
+    asked = np.arange(4, 10, dtype=np.int32)
+    given = collate([Sample(asked, np.zeros(6, np.uint8), goal) for goal in goals], 0, "padded", "answer")
+    theirs = model(input_ids=given.input_ids, attention_mask=given.attention_mask, labels=given.labels).loss * 10
+    ours = loss.score_answers(model, given, finish=finish).loss
+    assert ours.item() == pytest.approx(theirs.item(), rel=LOSS)
+    expected, found = gradients(model, theirs), gradients(model, ours)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=LOSS * float(gradient.abs().max()))
+
+
+def test_what_is_not_supervised_does_not_count(make_model, chunks):
+    """Neither a lone supervised token nor none at all: that costs nothing and has a gradient, which is 0."""
+    model = adapted("llama-untied", make_model)
+    finish = None if chunks == "whole" else Finish()
+    for supervised in (0, 1):
+        given = collate([sample(6, 6 - supervised, 3), sample(4, 4, 9)], 1, "padded")
+        assert given.num_supervised == supervised
+        expected = loss.score_reference(model, given)
+        found = loss.score(model, given, finish=finish).loss
+        assert found.item() == pytest.approx(expected.item(), rel=LOSS)
+        assert all(bool(one.any()) == bool(supervised) for one in gradients(model, found).values())
+
+
+DYNAMO_LOOKS = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+
+
+@pytest.mark.parametrize("way", ["checkpointed", "nf4", pytest.param("compiled layers", marks=DYNAMO_LOOKS)])
+def test_whatever_the_layers_below_do(make_model, way, monkeypatch):
+    monkeypatch.setattr(head, "rows_for", lambda vocabulary, budget: 3)
+    model = make_model()
+    if way == "nf4":
+        quantization.quantize(model, QuantizationSection(type="nf4", compute_dtype="float32"), {"lm_head"})
+    method = methods.load("lora")
+    inject.graft(model, method, method.Config(r=4), seed=0)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".B"):
+            torch.nn.init.normal_(parameter, std=0.2)
+    if way == "checkpointed":
+        model.train()
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    if way == "compiled layers":
+        for layer in model.model.layers:
+            layer.compile(backend="eager", fullgraph=True)
+    assert_equals_reference(model, batch("padded"), Finish())
 
 
 def test_half_precision_logits_are_scored_in_float32(make_model):
