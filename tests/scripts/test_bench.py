@@ -93,3 +93,12 @@ def test_a_part_measures_something(part):
     assert numbers
     assert all(math.isfinite(number) for number in numbers)
     assert all(number >= 0 for number in numbers)
+
+
+def test_the_loss_is_measured_both_ways():
+    done = bench("loss", "--smoke", "--json", "--threads", "1")
+    assert done.returncode == 0, done.stderr
+    (table,) = json.loads(done.stdout)["parts"]["loss"]
+    (row,) = table["rows"].values()
+    assert set(row) == {"plain MB", "chunked MB", "plain seconds", "chunked seconds", "ratio"}
+    assert row["ratio"] == pytest.approx(row["chunked seconds"] / row["plain seconds"])
