@@ -70,7 +70,7 @@ def rescale_rows(h: Tensor, bias: Tensor | None, g: Tensor, *, kept: bool = Fals
     if not torch.is_grad_enabled():
         return _rescale_(h, bias, g)
     rescale = _RescaleInPlace if kept and not _has_small(g) else _Rescale
-    rescaled: Tensor = rescale.apply(h, bias, g)
+    rescaled: Tensor = rescale.apply(h, bias, g)  # type: ignore[no-untyped-call]
     return rescaled
 
 

@@ -28,7 +28,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p)
     if p <= RARE:
-        dropped: Tensor = _RareDropout.apply(x, p)
+        dropped: Tensor = _RareDropout.apply(x, p)  # type: ignore[no-untyped-call]
         return dropped
     dropped_values = min(max(round(p * WORD_VALUES), 1), WORD_VALUES - 1)
     words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), 2**63 - 1)
@@ -67,7 +67,8 @@ class _RareDropout(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        return _without(dy, *ctx.saved_tensors, ctx.p), None
+        (places,) = ctx.saved_tensors
+        return _without(dy, places, ctx.p), None
 
 
 def _without(x: Tensor, places: Tensor, p: float) -> Tensor:

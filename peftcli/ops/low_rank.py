@@ -52,7 +52,7 @@ def add_expanded(y: Tensor, u: Tensor, B: Tensor, scale: float) -> Tensor:
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         y.view(-1, y.shape[-1]).addmm_(u.reshape(-1, u.shape[-1]), B.t(), alpha=scale)
         return y
-    written: Tensor = _AddExpanded.apply(y, u, B, scale)
+    written: Tensor = _AddExpanded.apply(y, u, B, scale)  # type: ignore[no-untyped-call]
     return written
 
 

@@ -74,7 +74,8 @@ def llama(num_layers: int = 8) -> torch.nn.Module:
         vocab_size=8192,
         use_cache=False,
     )
-    return LlamaForCausalLM(config).float().train()
+    model: torch.nn.Module = LlamaForCausalLM(config)
+    return model.float().train()
 
 
 def with_inputs_that_need_a_gradient(model: Any) -> torch.nn.Module:
@@ -100,7 +101,7 @@ def ours(row: str, targets: str) -> Callable[[torch.nn.Module], torch.nn.Module]
 
     def adapted(model: torch.nn.Module) -> torch.nn.Module:
         method = methods.load(name)
-        inject.graft(model, method, method.Config(target_modules=targets, **fields), seed=0)
+        inject.graft(model, method, method.Config.model_validate({"target_modules": targets, **fields}), seed=0)
         return model
 
     return adapted
@@ -122,7 +123,7 @@ def peft(row: str, targets: str) -> Callable[[torch.nn.Module], torch.nn.Module]
             target_modules=targets,
             use_dora=name == "dora",
         )
-    return lambda model: get_peft_model(model, settings)  # type: ignore[arg-type, return-value]
+    return lambda model: get_peft_model(model, settings)
 
 
 def step(model: Any, ids: torch.Tensor) -> Callable[[], None]:

@@ -74,7 +74,7 @@ def test_copies_share_among_themselves_and_begin_without_a_result(shared):
     assert one is other
     assert one is not shared.own
     assert one._last is None
-    assert pickle.loads(pickle.dumps(shared.own))._last is None  # noqa: S301
+    assert pickle.loads(pickle.dumps(shared.own))._last is None
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
