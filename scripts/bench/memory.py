@@ -3,7 +3,8 @@
 The peak of what torch's allocator has handed out during a step's forward and backward pass, over what it had before:
 activations, gradients and temporary results, those inside of kernels too. It is counted, not sampled: every allocation
 is an event of the profiler's. Two models: one whose layers keep all of their inputs anyway (6 feed-forwards with ReLU,
-2048 → 8192 → 2048, 256 tokens), where an adapter need not keep anything of their size, and the Llama of `methods`.
+2048 → 8192 → 2048, 256 tokens), where LoRA need not keep anything of their size and DoRA one tensor for each output,
+since a ReLU keeps its result alone; and the Llama of `methods`.
 """
 
 from __future__ import annotations
