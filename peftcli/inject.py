@@ -10,7 +10,9 @@ The order is fixed: load → quantise → graft → prepare or shard → compile
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 
 from peftcli.errors import ModelError, Problem, RecipeError
 from peftcli.methods._protocol import Method, MethodConfig, Part, Shared, Site
+from peftcli.ops.sharing import SharedInput
 from peftcli.quantization import is_quantised
 from peftcli.sites import as_base, original_class
 from peftcli.targets import find_sites, is_under, task_heads
@@ -80,7 +83,7 @@ def graft(
         RecipeError: The targets or the method's own checks fail.
         ModelError: A module is already grafted, or its forward has been replaced by something else.
     """
-    sites = find_sites(model, method, config)
+    sites = _sharing_inputs(find_sites(model, method, config))
     check(method, config, sites, model, unchecked)
     modules = [model.get_submodule(site.name) for site in sites]
     for site, module in zip(sites, modules, strict=True):
@@ -96,6 +99,12 @@ def graft(
     if shared is not None:
         model.add_module(SHARED, shared)
     return sites
+
+
+def _sharing_inputs(sites: list[Site]) -> list[Site]:
+    """Returns `sites` with one `shared_input` for all of a parent module."""
+    shared: defaultdict[str, SharedInput] = defaultdict(SharedInput)
+    return [replace(site, shared_input=shared[site.name.rpartition(".")[0]]) for site in sites]
 
 
 def _unfreeze(model: nn.Module, method: type[Method], config: MethodConfig, trained: Collection[str]) -> None:

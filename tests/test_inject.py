@@ -98,7 +98,7 @@ def test_a_part_of_a_name_or_path_is_no_match(target_modules):
         ({"layers": [0, 1]}, 14, set()),
         ({"target_modules": ["q_proj", "lm_head"], "layers": [0]}, 1, LEAVES - {"q_proj"}),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value) if isinstance(value, set) else value),
 )
 def test_what_is_left_out(fields, count, left_out):
     names = chosen(skeleton(), **fields)

@@ -6,7 +6,7 @@ A [R, I]   B [O, R]   m, n [O]   W, V [O, I]
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from pydantic import Field
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from peftcli.methods._protocol import Base, MethodConfig, Site
 from peftcli.ops import decomposition
 from peftcli.ops.dropout import dropout
-from peftcli.ops.low_rank import low_rank
+from peftcli.ops.low_rank import low_rank, may_be_written
 
 
 class LowRank(Protocol):
@@ -41,6 +41,18 @@ class DecomposedConfig(MethodConfig):
     )
 
 
+class _Known(NamedTuple):
+    """The norms `n` [O] of the factors `A` and `B`."""
+
+    A: Tensor
+    B: Tensor
+    n: Tensor
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.device == other.device and torch.equal(one, other)
+
+
 class Decomposition(nn.Module):
     """The magnitudes `m` [O] at one site, and `c` [O], the squared row norms of W.
 
@@ -51,6 +63,9 @@ class Decomposition(nn.Module):
         super().__init__()
         self.detach_norm = config.detach_norm
         self.dropout_mode = config.dropout_mode
+        # What reads a feed-forward's input goes into an activation or a product, which keep it. Where a sum or a
+        # rotation comes next, nothing keeps the result, and some models write into it.
+        self.kept = "feed_forward_input" in site.roles
         if site.device.type == "meta":
             c = torch.empty(site.out_features, device="meta")
         else:
@@ -58,28 +73,45 @@ class Decomposition(nn.Module):
         self.m = nn.Parameter(c.sqrt())
         self.register_buffer("c", c, persistent=False)
         self.c: Tensor
+        self._known: _Known | None = None
 
     def output(self, base: Base, x: Tensor, inner: LowRank | None) -> Tensor:
         """Returns `x W'ᵀ + b` [..., O]; the bias is never scaled."""
         g = decomposition.magnitude_ratio(self.m, self.norms(base, inner))
         if inner is None:
-            return decomposition.rescale_rows(base.forward(x), base.bias, g)
+            h = base.forward(x)
+            return decomposition.rescale_rows(h, base.bias, g, kept=self.kept and may_be_written(h))
         if self.training and inner.dropout and self.dropout_mode == "paper" and base.kind != "embedding":
             return self._output_as_in_paper(base, x, inner, g)
-        return decomposition.rescale_rows(inner.update(base.forward(x), x), base.bias, g)
+        return decomposition.rescale_rows(inner.update(base.forward(x), x), base.bias, g, kept=self.kept)
 
     def norms(self, base: Base, inner: LowRank | None) -> Tensor:
-        """Returns `n` [O], the row norms of `V`, in float32 or wider."""
+        """Returns `n` [O], the row norms of `V`, in float32 or wider.
+
+        They cost R further tokens. Outside of training, where they are the same for every batch and every token that
+        is generated, the last ones are kept with a copy of the factors they are for: a version counter would miss what
+        is written through `.data`, or by an optimizer's own kernels.
+        """
         if inner is None:
             return self.c.sqrt()
         tracked = torch.is_grad_enabled() and not self.detach_norm
         with torch.set_grad_enabled(tracked), torch.autocast(self.c.device.type, enabled=False):
             A, B, scale = inner.factors()
-            n, lost = decomposition.factored_row_norms(self.c, base.project(A), A, B, scale)
-            # Compiled code cannot branch on data; there the factored value, clamped at zero, stands.
-            if not torch.compiler.is_compiling() and bool(lost.any()):
-                direct = decomposition.direct_row_norms(base.dense(), A, B, scale)
-                n = torch.where(lost, direct.to(n.dtype), n)
+            if tracked or self.training or torch.compiler.is_compiling():
+                self._known = None
+                return self._computed_norms(base, A, B, scale)
+            known = self._known
+            if known is None or not (_is_same(known.A, A) and _is_same(known.B, B)):
+                n = self._computed_norms(base, A, B, scale)
+                known = self._known = _Known(A.detach().clone(), B.detach().clone(), n)
+            return known.n
+
+    def _computed_norms(self, base: Base, A: Tensor, B: Tensor, scale: float) -> Tensor:
+        n, lost = decomposition.factored_row_norms(self.c, base.project(A), A, B, scale)
+        # Compiled code cannot branch on data; there the factored value, clamped at zero, stands.
+        if not torch.compiler.is_compiling() and bool(lost.any()):
+            direct = decomposition.direct_row_norms(base.dense(), A, B, scale)
+            n = torch.where(lost, direct.to(n.dtype), n)
         return n
 
     def _output_as_in_paper(self, base: Base, x: Tensor, inner: LowRank, g: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ All maths is done on the torch weight `W` [O, I] with `y = x Wᵀ + b`, whatever
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
+
+from peftcli.ops.sharing import SharedInput
 
 Kind = Literal["linear", "conv1d", "embedding", "module", "model"]
 Place = Literal["targets", "input-embedding", "model", "nowhere"]
@@ -65,6 +68,7 @@ class Site:
         run: The module's own frozen forward, for what an adapter's start is computed from.
         attention: The model's attention shape, for a site that is the model; None where layers differ in it.
         make_cache: Returns an empty cache of keys and values such as the model makes for itself, for such a site.
+        shared_input: What the adapters of this module's parent compute once from an input that several of them read.
     """
 
     name: str
@@ -78,6 +82,7 @@ class Site:
     run: Callable[..., Any] | None = None
     attention: Attention | None = None
     make_cache: Callable[[], Any] | None = None
+    shared_input: SharedInput = dataclasses.field(default_factory=SharedInput, compare=False, repr=False)
 
     @property
     def size(self) -> str:

@@ -68,6 +68,7 @@ class HydraLoRA(Method):
         if config.num_heads == "auto":
             raise RecipeError(UNRESOLVED)
         self.num_heads = config.num_heads
+        self.name, self.shared_input = site.name, site.shared_input
         self.scale = config.scale
         self.dropout = config.dropout
         self.independent_dropout = config.independent_dropout
@@ -87,10 +88,11 @@ class HydraLoRA(Method):
 
     def _thin(self, x: Tensor) -> Tensor:
         """Returns `u = drop(x) Aᵀ` [..., 1, r], or [..., N, r] where each head has a mask of its own."""
-        if not self.training or not self.dropout:
-            return F.linear(x, self.A).unsqueeze(-2)
-        num_masks = self.num_heads if self.independent_dropout else 1
-        return torch.stack([F.linear(dropout(x, self.dropout), self.A) for _ in range(num_masks)], dim=-2)
+        if self.training and self.dropout and self.independent_dropout:
+            return torch.stack([F.linear(dropout(x, self.dropout), self.A) for _ in range(self.num_heads)], dim=-2)
+        p = self.dropout if self.training else 0.0
+        dropped = self.shared_input.once(self.name, x, p, lambda: dropout(x, p)) if p else x
+        return F.linear(dropped, self.A).unsqueeze(-2)
 
     # ---- as one LoRA ----
 

@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 from peftcli.methods._protocol import Base, Method, Shared, Site, Targets
 from peftcli.ops.dropout import dropout
-from peftcli.ops.low_rank import add_low_rank, merged_low_rank, projected_gradient
+from peftcli.ops.low_rank import add_low_rank, as_input, merged_low_rank, projected_gradient
 
 Init = Literal["kaiming", "gaussian", "pissa", "orthogonal"]
 
@@ -106,7 +106,7 @@ class LoRA(Method):
 
     def __init__(self, config: LoRAConfig, site: Site, seed: int, shared: Shared | None = None) -> None:
         super().__init__(config, site, seed, shared)
-        self.kind = site.kind
+        self.name, self.kind, self.shared_input = site.name, site.kind, site.shared_input
         self.scale = config.scale_at(site.name)
         self.dropout = config.dropout
         self.loraplus_lr_ratio = config.loraplus_lr_ratio
@@ -127,7 +127,15 @@ class LoRA(Method):
         A, B, scale = self.factors()
         if self.kind == "embedding":
             return y + F.linear(F.embedding(x, A.t()) * scale, B).to(y.dtype)
-        return add_low_rank(y, dropout(x, self.dropout) if self.training else x, A, B, scale)
+        return add_low_rank(y, self.input(x), A, B, scale)
+
+    def input(self, x: Tensor) -> Tensor:
+        """Returns `drop(x)` [..., I] in A's dtype; one for all adapters of a parent that read the same `x`."""
+        p = self.dropout if self.training else 0.0
+        if not p and x.dtype == self.A.dtype:
+            return x
+        key = p, self.A.dtype, torch.is_autocast_enabled(x.device.type)
+        return self.shared_input.once(self.name, x, key, lambda: as_input(dropout(x, p), self.A))
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         """Returns `A` [R, I], `B` [O, R] and `s` with `ΔW = s·B A`; for PiSSA R is 2 r, to take its start off again."""

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from peftcli.methods._protocol import Base, Kind, Method, Shared, Site, Targets
 from peftcli.ops.dropout import dropout
-from peftcli.ops.low_rank import add_low_rank, merged_low_rank
+from peftcli.ops.low_rank import add_expanded, merged_low_rank, thin
 
 
 class VeRAConfig(Targets):
@@ -82,6 +82,7 @@ class VeRA(Method):
     def __init__(self, config: VeRAConfig, site: Site, seed: int, shared: Shared | None = None) -> None:
         super().__init__(config, site, seed, shared)
         self.dropout = config.dropout
+        self.name, self.shared_input = site.name, site.shared_input
         self.in_features, self.out_features = site.in_features, site.out_features
         self.b = nn.Parameter(torch.zeros(site.out_features, device=site.device))
         self.d = nn.Parameter(torch.full((config.r,), config.d_initial, device=site.device))
@@ -103,7 +104,11 @@ class VeRA(Method):
 
     def update(self, y: Tensor, x: Tensor) -> Tensor:
         """Returns `y + b ⊙ ((d ⊙ (drop(x) Aᵀ)) Bᵀ)` [..., O], written into `y` where possible."""
-        return add_low_rank(y, dropout(x, self.dropout) if self.training else x, *self.factors())
+        A, B, scale = self.factors()
+        p = self.dropout if self.training else 0.0
+        key = p, torch.is_autocast_enabled(x.device.type)
+        u = self.shared_input.once(self.name, x, key, lambda: thin(dropout(x, p), A))  # A is the same for all
+        return add_expanded(y, u, B, scale)
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         """Returns `A` [r, I], `diag(b) B diag(d)` [O, r] and 1: a LoRA's factors and scale.

@@ -5,8 +5,11 @@ Shapes: W, V [O, I], A [R, I], B [O, R], `m`, `n`, and `c` (the squared row norm
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 CANCELLATION_LIMIT = 1e-3
 """Below this share of its terms' size, n² has lost so many digits that it is computed directly instead."""
@@ -46,16 +49,88 @@ def direct_row_norms(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tens
 def magnitude_ratio(m: Tensor, n: Tensor) -> Tensor:
     """Returns `g = m ⊘ n` [O]; 1 where the row is zero, so that such a row passes its V instead of NaN."""
     zero = n == 0
-    return torch.where(zero, torch.ones_like(m), m / n.masked_fill(zero, 1))
+    return torch.addcdiv(zero.to(m.dtype), m, n.masked_fill(zero, torch.inf))
 
 
-def rescale_rows(h: Tensor, bias: Tensor | None, g: Tensor) -> Tensor:
+def rescale_rows(h: Tensor, bias: Tensor | None, g: Tensor, *, kept: bool = False) -> Tensor:
     """Returns `g ⊙ (h − b) + b` [..., O] for `h = x Vᵀ + b`: the bias is never scaled.
 
     Written as `h + (g − 1) ⊙ (h − b)`: equal to `h` bit for bit where g is 1, and in half precision the rounding falls
     on a small term instead of on `g` itself.
+
+    Args:
+        h: A fresh result [..., O] that nothing else reads.
+        bias: `b` [O], or None; it gets no gradient.
+        g: The factors [O].
+        kept: Whether what comes next keeps the result for its own backward pass, and does not write into it. Then the
+            result is written into `h`, and the gradient of `g` comes from it. Otherwise `h` is kept beside it.
     """
-    return torch.addcmul(h, h if bias is None else h - bias, g - 1).to(h.dtype)
+    if torch.compiler.is_compiling():
+        return _rescaled(h, bias, g).to(h.dtype)
+    if not torch.is_grad_enabled():
+        return _rescale_(h, bias, g)
+    rescale = _RescaleInPlace if kept and not _has_small(g) else _Rescale
+    rescaled: Tensor = rescale.apply(h, bias, g)  # type: ignore[no-untyped-call]
+    return rescaled
+
+
+SMALLEST_RATIO = 1 / 64
+"""A factor of less takes the digits of `h − b` away that its own gradient needs: `h` is kept instead."""
+
+
+def _has_small(g: Tensor) -> bool:
+    return bool(g.detach().abs().min() < SMALLEST_RATIO)
+
+
+def _rescaled(h: Tensor, bias: Tensor | None, g: Tensor) -> Tensor:
+    return torch.addcmul(h, h if bias is None else h - bias, g - 1)
+
+
+def _rescale_(h: Tensor, bias: Tensor | None, g: Tensor) -> Tensor:
+    return h.addcmul_(h if bias is None else h - bias, g - 1)
+
+
+def _gradients(dy: Tensor, z: Tensor, bias: Tensor | None, g: Tensor, *, needs_h: bool) -> tuple[Tensor | None, Tensor]:
+    """Returns `∂L/∂h = g ⊙ dy` [..., O] and `Σ dy ⊙ (z − b)` [O], summed over all places, in `g`'s dtype or wider."""
+    rows, wide = dy.reshape(-1, dy.shape[-1]), torch.promote_types(dy.dtype, g.dtype)
+    summed = torch.linalg.vecdot(z.reshape(rows.shape).to(wide), rows.to(wide), dim=0)
+    if bias is not None:
+        summed = summed - bias * rows.sum(dim=0, dtype=wide)
+    return (g * dy).to(dy.dtype) if needs_h else None, summed
+
+
+class _Rescale(torch.autograd.Function):
+    """`rescale_rows` into a new tensor: keeps `h`."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, bias: Tensor | None, g: Tensor) -> Tensor:
+        ctx.save_for_backward(h, bias, g)
+        return _rescaled(h, bias, g).to(h.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        h, bias, g = ctx.saved_tensors
+        dh, dg = _gradients(dy, h, bias, g, needs_h=ctx.needs_input_grad[0])
+        return dh, None, dg.to(g.dtype)
+
+
+class _RescaleInPlace(torch.autograd.Function):
+    """`rescale_rows` into `h`: keeps its result y, of which `h − b = (y − b) ⊘ g`."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, bias: Tensor | None, g: Tensor) -> Tensor:
+        y = _rescale_(h, bias, g)
+        ctx.save_for_backward(y, bias, g)
+        ctx.mark_dirty(h)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        y, bias, g = ctx.saved_tensors
+        dh, summed = _gradients(dy, y, bias, g, needs_h=ctx.needs_input_grad[0])
+        return dh, None, (summed / g).to(g.dtype)
 
 
 def rescale_rows_reference(h: Tensor, bias: Tensor | None, g: Tensor) -> Tensor:

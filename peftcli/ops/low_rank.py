@@ -5,8 +5,11 @@ Shapes: x [..., I], y [..., O], A [R, I], B [O, R].
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction, once_differentiable
 from torch.nn import functional as F
 
 RIDGE = 1e-8
@@ -18,32 +21,74 @@ def low_rank(x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
 
     The scale is applied to the thin product, where it costs R multiplications a token instead of O.
     """
-    return F.linear(F.linear(x.to(A.dtype), A) * scale, B)
+    return F.linear(thin(x, A) * scale, B)
+
+
+def thin(x: Tensor, A: Tensor) -> Tensor:
+    """Returns `x Aᵀ` [..., R] in `A`'s dtype (autocast's where it is on)."""
+    return F.linear(as_input(x, A), A)
+
+
+def as_input(x: Tensor, A: Tensor) -> Tensor:
+    """Returns `x` in `A`'s dtype; as it is under autocast, which would only turn it back."""
+    return x if torch.is_autocast_enabled(x.device.type) else x.to(A.dtype)
 
 
 def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """Returns `y + s·(x Aᵀ) Bᵀ` in `y`'s dtype, written into `y` as `add_expanded` does."""
-    return add_expanded(y, F.linear(x.to(A.dtype), A), B, scale)
+    return add_expanded(y, thin(x, A), B, scale)
 
 
 def add_expanded(y: Tensor, u: Tensor, B: Tensor, scale: float) -> Tensor:
     """Returns `y + s·u Bᵀ` for `u` [..., R] in `y`'s dtype, written into `y` where dtypes allow it.
 
     `y` must be a fresh result that nothing else reads, such as a linear layer's output: that saves a copy of [..., O]
-    and a pass over it for each adapted layer.
+    and a pass over it for each adapted layer. Kept for the backward pass are `u` and `B`, nothing of y's size.
     """
-    if y.dtype == u.dtype == B.dtype and y.is_contiguous() and not _is_of_a_custom_function(y):
+    if torch.is_autocast_enabled(y.device.type) and u.dtype == y.dtype:
+        B = B.to(y.dtype)  # which autocast would do, too, but only to a product that is then rounded before it is added
+    if not (y.dtype == u.dtype == B.dtype and may_be_written(y)):
+        return y + F.linear(u * scale, B).to(y.dtype)
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         y.view(-1, y.shape[-1]).addmm_(u.reshape(-1, u.shape[-1]), B.t(), alpha=scale)
         return y
-    return y + F.linear(u * scale, B).to(y.dtype)
+    written: Tensor = _AddExpanded.apply(y, u, B, scale)  # type: ignore[no-untyped-call]
+    return written
 
 
-def _is_of_a_custom_function(y: Tensor) -> bool:
-    """Returns whether `y` is what a custom autograd function returned, a packed layer's say: no view of it is written.
+class _AddExpanded(torch.autograd.Function):
+    """`y + s·u Bᵀ`, in place.
 
+    Written as a view's `addmm_`, autograd would copy the gradient of `y` twice on its way through that view.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, u: Tensor, B: Tensor, scale: float) -> Tensor:
+        y.view(-1, y.shape[-1]).addmm_(u.reshape(-1, u.shape[-1]), B.t(), alpha=scale)
+        ctx.save_for_backward(u, B)
+        ctx.scale = scale
+        ctx.mark_dirty(y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        u, B = ctx.saved_tensors
+        _, needs_u, needs_B, _ = ctx.needs_input_grad
+        rows = dy.reshape(-1, dy.shape[-1])
+        du = (rows @ B).mul_(ctx.scale).view(u.shape) if needs_u else None
+        # As rowsᵀ u, a product of tall matrices would take half as long again.
+        dB = (u.reshape(-1, u.shape[-1]).t() @ rows).mul_(ctx.scale).t() if needs_B else None
+        return dy, du, dB, None
+
+
+def may_be_written(y: Tensor) -> bool:
+    """Returns whether the result `y` of a base layer may be written into.
+
+    Not where a custom autograd function returned it, a packed layer's say: it may be a view that was made unseen.
     Compiled code has neither views nor writes left by the time that autograd sees it.
     """
-    return not torch.compiler.is_compiling() and isinstance(y.grad_fn, torch.autograd.function.BackwardCFunction)
+    return y.is_contiguous() and (torch.compiler.is_compiling() or not isinstance(y.grad_fn, BackwardCFunction))
 
 
 def add_low_rank_reference(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:

@@ -10,6 +10,7 @@ from peftcli.errors import RecipeError
 from peftcli.recipe.values import printable
 
 _MAX_LISTED = 5
+_LONGEST_PATH = 400  # whole, to be copied; longer ones are no mistake in typing
 _MAX_SEEN = 500  # of a folder that is not a recipe folder at all
 
 
@@ -22,7 +23,7 @@ def unreadable(path: Path, name: str, error: Exception, where: str | None = None
         error: What reading it raised.
         where: The place that names the file; None for the command line.
     """
-    prefix, name = "extends: " if where else "", printable(name)
+    prefix, name = "extends: " if where else "", printable(name, _LONGEST_PATH)
     if isinstance(error, FileNotFoundError):
         return RecipeError(f"{prefix}there is no recipe {name}", where=where, hint=_nearby(path))
     if isinstance(error, IsADirectoryError):

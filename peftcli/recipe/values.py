@@ -34,7 +34,7 @@ def show(value: object) -> str:
             return printable(str(value))
 
 
-def printable(text: str) -> str:
+def printable(text: str, longest: int = _MAX_SHOWN) -> str:
     """Returns `text` cut to a readable length, with what could garble a terminal escaped."""
-    shown = text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 3]}..."
+    shown = text if len(text) <= longest else f"{text[: longest - 3]}..."
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in shown)

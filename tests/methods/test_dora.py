@@ -417,3 +417,74 @@ def test_on_the_meta_device_nothing_is_computed(fields, monkeypatch):
     adapter = holder.target.adapter
     tensors = [*adapter.parameters(), *adapter.buffers(), *adapter.peft_tensors().values()]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
+
+
+# ---- norms that are known ----
+
+
+def computed_norms(holder):
+    """Returns a list that grows with each computation of the norms."""
+    decomposition, calls = holder.target.adapter.decomposition, []
+    own = decomposition._computed_norms
+    decomposition._computed_norms = lambda *given: calls.append(1) or own(*given)
+    return calls
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_outside_of_training_norms_are_computed_once_for_each_content_of_the_factors(kind):
+    holder, x = adapted_holder("dora", kind).eval(), inputs(kind, torch.float64)
+    calls, lora = computed_norms(holder), holder.target.adapter.lora
+    for factor in (None, lora.A, lora.B):
+        if factor is not None:
+            version = factor._version
+            factor.data.mul_(1.5)
+            assert factor._version == version, "a version counter would tell, and nothing would be shown here"
+        before = len(calls)
+        for _ in range(3):
+            assert_close(holder(x), holder.plain(x, holder.target.adapter.merged(holder.W).detach()), FP64)
+        assert len(calls) == before + 1
+    holder.to(torch.float32)
+    holder(inputs(kind))
+    assert len(calls) == 4
+
+
+def test_in_training_norms_are_computed_anew_and_no_copy_is_kept():
+    holder, x = adapted_holder("dora").eval(), inputs("linear", torch.float64)
+    calls = computed_norms(holder)
+    holder(x)
+    assert holder.target.adapter.decomposition._known is not None
+    holder.train()
+    holder(x), holder(x)
+    assert len(calls) == 3
+    assert holder.target.adapter.decomposition._known is None
+
+
+def test_norms_that_get_a_gradient_are_never_kept():
+    holder, x = adapted_holder("dora", detach_norm=False).eval(), inputs("linear", torch.float64)
+    for _ in range(2):
+        holder(x).sum().backward()
+    assert holder.target.adapter.decomposition._known is None
+
+
+# ---- what is kept for the backward pass ----
+
+
+def test_a_feed_forwards_input_side_keeps_what_its_activation_keeps(make_model, ids):
+    """Beside LoRA, of the outputs' size: nothing for gate and up, whose results are kept anyway, one for each other."""
+
+    def kept(method):
+        model = make_model().train()
+        _, sites = adapt(model, method, "all-linear")
+        storages = {}
+
+        def pack(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(input_ids=ids, use_cache=False)
+        others = sum(site.out_features for site in sites if not site.name.endswith(("gate_proj", "up_proj")))
+        return sum(tensor.numel() for tensor in storages.values() if tensor.shape[:2] == ids.shape), others
+
+    (dora, others), (lora, _) = kept("dora"), kept("lora")
+    assert dora == lora + ids.numel() * others

@@ -301,3 +301,68 @@ def test_project_is_the_weight_times_the_transposed_factor(kind):
     A = factors(holder)[0].detach()
     assert_close(base_of(holder).project(A), holder.W @ A.T, FP64)
     assert torch.equal(base_of(holder).dense(), holder.W)
+
+
+# ---- what siblings share ----
+
+
+def dropped_inputs(model, ids):
+    """Returns which inputs of each adapter a forward pass drops, by module path."""
+    masks = {}
+    for name, adapter in inject.adapters(model).items():
+        own = adapter.input
+
+        def noted(x, name=name, own=own):
+            dropped = own(x)
+            masks[name] = dropped.detach() == 0
+            return dropped
+
+        adapter.input = noted
+    model(input_ids=ids)
+    for adapter in inject.adapters(model).values():
+        del adapter.input
+    return masks
+
+
+@pytest.mark.parametrize("p", [0.1, 0.4])
+def test_siblings_that_read_one_input_drop_the_same_and_nobody_else_does(make_model, ids, p):
+    model = make_model().train()
+    adapt(model, "lora", "all-linear", dropout=p)
+    masks = dropped_inputs(model, ids)
+    for layer in (0, 1):
+        q, k, v, o = (masks[f"model.layers.{layer}.self_attn.{name}_proj"] for name in "qkvo")
+        gate, up = (masks[f"model.layers.{layer}.mlp.{name}_proj"] for name in ("gate", "up"))
+        assert torch.equal(q, k)
+        assert torch.equal(q, v)
+        assert torch.equal(gate, up)
+        assert not torch.equal(q, o)
+        assert not torch.equal(q, gate)
+    assert not torch.equal(masks["model.layers.0.self_attn.q_proj"], masks["model.layers.1.self_attn.q_proj"])
+    again = dropped_inputs(model, ids)
+    assert not any(torch.equal(masks[name], again[name]) for name in masks)
+
+
+def test_siblings_keep_one_dropped_input(make_model, ids):
+    """Three projections of an attention keep it once, and no step leaves anything behind."""
+    model = make_model().train()
+    adapt(model, "lora", r"model\.layers\.0\.self_attn\.[qkv]_proj", dropout=0.1)
+    kept = {}
+
+    def pack(tensor):
+        if tensor.numel() == ids.numel() * model.config.hidden_size:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    adapter = inject.adapters(model)["model.layers.0.self_attn.q_proj"]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        x = torch.randn(*ids.shape, model.config.hidden_size)
+        for name in "qkv":
+            model.get_submodule(f"model.layers.0.self_attn.{name}_proj")(x)
+    assert len(kept) == 1
+    del x
+    assert adapter.shared_input._last is None
+
+
+def test_two_passes_of_one_module_drop_differently():
+    holder, x = adapted_holder("lora", dropout=0.3).train(), inputs("linear", torch.float64)
+    assert not torch.equal(holder(x), holder(x))

@@ -132,3 +132,65 @@ def test_merging_gives_each_row_its_length_and_rounds_once(dtype):
         assert_close(merged.norm(dim=1), m.abs(), EXACT[dtype])
     else:
         assert torch.equal(merged, ops.merged_decomposition(W.float(), delta, m).to(dtype))
+
+
+# ---- the two ways to rescale ----
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("shape", [(5,), (3, 2)], ids=str)
+def test_the_gradients_of_rescaling(shape, biased, kept):
+    h = torch.randn(*shape, O, dtype=torch.float64, requires_grad=True)
+    g = (torch.rand(O, dtype=torch.float64) + 0.5).requires_grad_()
+    b = torch.randn(O, dtype=torch.float64) if biased else None
+    assert torch.autograd.gradcheck(lambda h, g: ops.rescale_rows(h * 1, b, g, kept=kept), (h, g))
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_row_scaled_to_nothing_still_learns(kept):
+    """From its result alone, a row that is 0 could not tell what it was."""
+    h, g = torch.randn(5, O, dtype=torch.float64), torch.rand(O, dtype=torch.float64) + 0.5
+    g[3] = 0
+    g.requires_grad_()
+    found = ops.rescale_rows(h.clone(), None, g, kept=kept)
+    weights = torch.randn(5, O, dtype=torch.float64)
+    assert_close(torch.autograd.grad(found, g, weights)[0], (h * weights).sum(0), EXACT[torch.float64])
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("smallest", [ops.SMALLEST_RATIO, 0.5])
+def test_the_gradient_told_from_the_result(dtype, smallest):
+    """Rounding the result by eps moves it by no more than eps / g, of which the smallest g is bounded."""
+    h, b, weights = torch.randn(50, O).to(dtype), torch.randn(O).to(dtype), torch.randn(50, O).to(dtype)
+    g = torch.full((O,), smallest, dtype=torch.promote_types(dtype, torch.float32), requires_grad=True)
+    gradients = [
+        torch.autograd.grad(ops.rescale_rows(h.clone(), b, g, kept=kept), g, weights)[0] for kept in (True, False)
+    ]
+    tolerance = {**EXACT, **HALF}[dtype]
+    assert_close(*gradients, tolerance if smallest == 0.5 else tolerance / smallest)
+
+
+def test_what_rescaling_keeps(kept_shapes):
+    """One tensor of the output's size: the input, or the result that the next operation keeps, too."""
+    g = (torch.rand(O) + 0.5).requires_grad_()
+    for kept in (True, False):
+        h = torch.randn(3, 4, O)
+        results = []
+        shapes = kept_shapes(
+            lambda h=h, kept=kept, results=results: results.append(ops.rescale_rows(h, None, g, kept=kept))
+        )
+        assert sorted(shapes) == [(3, 4, O), (O,)]
+        assert (results[0].data_ptr() == h.data_ptr()) == kept
+
+
+def test_a_result_that_is_kept_and_then_written_into_does_not_pass():
+    g = (torch.rand(O) + 0.5).requires_grad_()
+    for kept in (True, False):
+        y = ops.rescale_rows(torch.randn(3, O), None, g, kept=kept)
+        y += 1
+        if kept:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                y.sum().backward()
+        else:
+            y.sum().backward()

@@ -1,7 +1,10 @@
+import math
+
 import pytest
 import torch
 
 from peftcli.ops.low_rank import (
+    add_expanded,
     add_low_rank,
     add_low_rank_reference,
     low_rank,
@@ -100,3 +103,73 @@ def test_the_projected_gradient_equals_its_reference(dtype):
 def test_the_projected_gradient_of_an_a_without_full_rank_does_not_pass_as_a_number():
     found = projected_gradient(torch.ones(O, 2), torch.zeros(2, I), S)
     assert float(found.abs().min()) > 1e6 or not torch.isfinite(found).any()
+
+
+# ---- written in place, with gradients ----
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 4)], ids=str)
+@pytest.mark.parametrize("frozen", ["none", "u", "B"])
+def test_gradients_of_what_is_written_in_place(shape, frozen):
+    y, u = torch.randn(*shape, O, dtype=torch.float64), torch.randn(*shape[::-1], R, dtype=torch.float64)
+    u = u.transpose(0, -2) if len(shape) == 2 else u  # rows that lie apart
+    B = factors()[1]
+    tensors = {"y": y, "u": u, "B": B}
+    for name, tensor in tensors.items():
+        tensor.requires_grad_(name != frozen)
+    assert torch.autograd.gradcheck(lambda y, u, B: add_expanded(y * 1, u, B, S), (y, u, B))
+
+
+def test_a_result_may_be_used_twice_and_written_into_again():
+    A, B = (factor.requires_grad_() for factor in factors())
+    x = torch.randn(2, 4, I, dtype=torch.float64, requires_grad=True)
+
+    def twice(x, A, B):
+        y = add_low_rank(x.new_zeros(2, 4, O), x, A, B, S)
+        return add_low_rank(y * y, x, A, B, S) + add_expanded(x.new_ones(2, 4, O), x @ A.T, B, 1.0)
+
+    assert torch.autograd.gradcheck(twice, (x, A, B))
+
+
+def test_only_the_input_and_the_thin_side_are_kept(kept_shapes):
+    """Nothing of the output's size, and of the inputs' what A's gradient needs."""
+    A, B = (factor.requires_grad_() for factor in factors())
+    W = torch.randn(O, I, dtype=torch.float64)
+    x = torch.randn(2, 4, I, dtype=torch.float64, requires_grad=True)
+    floor = kept_shapes(lambda: torch.nn.functional.linear(x, W))
+    found = kept_shapes(lambda: add_low_rank(torch.nn.functional.linear(x, W), x, A, B, S))
+    expected = [*floor, x.shape, A.shape, (2, 4, R), B.shape]
+    assert sorted(map(math.prod, found)) == sorted(map(math.prod, expected))
+
+
+def test_an_output_of_a_custom_function_is_left_alone():
+    class Packed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, dy):
+            return dy * 2
+
+    A, B = factors()
+    x = torch.randn(2, 4, I, dtype=torch.float64, requires_grad=True)
+    y = Packed.apply(torch.randn(2, 4, O, dtype=torch.float64, requires_grad=True))
+    before = y.detach().clone()
+    assert_close(add_low_rank(y, x, A, B, S), add_low_rank_reference(before, x, A, B, S), EXACT[torch.float64])
+    assert torch.equal(y, before)
+
+
+def test_under_autocast_the_update_is_rounded_with_what_it_is_added_to():
+    A, B = (factor.requires_grad_() for factor in factors(torch.float32))
+    x, W = torch.randn(5, I, requires_grad=True), torch.randn(O, I)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = torch.nn.functional.linear(x, W)
+        found = add_low_rank(y, x, A, B, S)
+    assert found.data_ptr() == y.data_ptr(), "a copy of y was made"
+    assert_close(found.float(), add_low_rank_reference(x @ W.T, x, A, B, S), 2 * HALF[torch.bfloat16])
+    found.float().sum().backward()
+    gradients = torch.autograd.grad(add_low_rank_reference(x @ W.T, x, A, B, S).sum(), (x, A, B))
+    for tensor, expected in zip((x, A, B), gradients, strict=True):
+        assert tensor.grad.dtype == torch.float32
+        assert_close(tensor.grad, expected, 2 * HALF[torch.bfloat16])
