@@ -14,8 +14,8 @@ from peftcli.errors import HostError, ModelError, RecipeError
 from peftcli.processes import Place
 from peftcli.recipe import DistributedSection, ModelSection
 from peftcli.run import applying
+from peftcli.run.execution import mixed_precision
 from peftcli.run.subject import open_subject
-from peftcli.run.training import mixed_precision
 from peftcli.training import distributed
 from tests.conftest import Recorder, write_jsonl
 

@@ -49,7 +49,9 @@ def add_expanded(y: Tensor, u: Tensor, B: Tensor, scale: float) -> Tensor:
         B = B.to(y.dtype)  # which autocast would do, too, but only to a product that is then rounded before it is added
     if not (y.dtype == u.dtype == B.dtype and may_be_written(y)):
         return y + F.linear(u * scale, B).to(y.dtype)
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling():  # which writes where it can by itself, and may not into a packed layer's output
+        return torch.addmm(y.view(-1, y.shape[-1]), u.reshape(-1, u.shape[-1]), B.t(), alpha=scale).view(y.shape)
+    if not torch.is_grad_enabled():
         y.view(-1, y.shape[-1]).addmm_(u.reshape(-1, u.shape[-1]), B.t(), alpha=scale)
         return y
     written: Tensor = _AddExpanded.apply(y, u, B, scale)  # type: ignore[no-untyped-call]

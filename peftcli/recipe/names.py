@@ -92,6 +92,9 @@ OTHER_NAMES: dict[str, str] = {
     "training.mixed_precision": "bf16 fp16 precision amp half float16 bfloat16 tf32 pure_bf16",
     "training.gradient_checkpointing": "activation_checkpointing use_gradient_checkpointing"
     " enable_activation_checkpointing disable_gradient_checkpointing",
+    "training.activation_offloading": "activation_offload offload_activations enable_activation_offloading"
+    " gradient_checkpointing_offload",
+    "training.torch_compile": "compile use_compile torchcompile compile_model use_torch_compile regional_compilation",
     "training.logging_steps": "log_every log_every_n_steps log_interval logging_interval",
     "training.eval_steps": "eval_every eval_interval evals_per_epoch evaluation_steps eval_freq",
     "training.save_steps": "save_every save_interval saves_per_epoch checkpoint_every save_freq checkpointing_steps",
@@ -148,7 +151,8 @@ UNAVAILABLE: dict[str, str] = {
     " ddp_bucket_cap_mb ddp_broadcast_buffers find_unused_parameters accelerator_config",
     _PACKING: "packing sample_packing packed eval_packing pad_to_sequence_len eval_sample_packing",
     _CODE: "trust_remote_code trust_remote remote_code",
-    "compiling the model is not in this version": "compile torch_compile torch_compile_mode",
+    "training.torch_compile compiles each layer with torch's default settings": "torch_compile_mode"
+    " torch_compile_backend compile_mode compile_backend",
     _TRACKER: "wandb wandb_project wandb_entity use_wandb mlflow mlflow_tracking_uri comet swanlab wandb_name",
     "a run is resumed from its own folder, which the recipe does not name": "resume resume_from_checkpoint"
     " auto_resume_from_checkpoints resume_from",

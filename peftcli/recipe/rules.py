@@ -103,6 +103,10 @@ def broken_rules(values: Mapping[str, Any], locate: Locate) -> Iterator[Problem]
     if given(values, strategy) == "deepspeed" and given(values, ("distributed", "deepspeed_config")) is None:
         message = "distributed.strategy: deepspeed needs distributed.deepspeed_config"
         yield Problem(message, locate(strategy), "name a JSON file, such as configs/deepspeed_zero3.json")
+    if given(values, strategy) == "deepspeed" and given(values, ("training", "torch_compile")) is True:
+        message = "training.torch_compile: DeepSpeed's hooks around a layer cannot be compiled"
+        hint = "set it to false, or distributed.strategy to ddp or fsdp2"
+        yield Problem(message, locate(("training", "torch_compile")), hint)
     yield from _optimizer_problems(values, locate)
     yield from _task_problems(values, locate)
 

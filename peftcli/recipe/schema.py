@@ -218,6 +218,14 @@ class TrainingSection(Section):
         default=False,
         description="Recompute activations in the backward pass: much less memory, about a third more time.",
     )
+    activation_offloading: bool = Field(
+        default=False,
+        description="Keep large activations in the host's memory until the backward pass; for GPUs.",
+    )
+    torch_compile: bool = Field(
+        default=False,
+        description="Compile the model's layers in the first steps, which takes a minute and needs a C++ compiler.",
+    )
     logging_steps: int = Field(default=10, gt=0, description="Steps between two lines of metrics.")
     eval_steps: int | None = Field(
         default=None,

@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from peftcli import files, inject, manifest, models, processes, quantization, recipe, sharding
+from peftcli import files, inject, manifest, models, processes, quantization, recipe
 from peftcli.checkpoint import adapter as adapter_files
 from peftcli.data.meaning import write_meaning
 from peftcli.data.preview import Segment, render
-from peftcli.errors import HostError, ModelError
-from peftcli.recipe import LoadedRecipe, Recipe, TrainingSection
+from peftcli.recipe import LoadedRecipe, Recipe
 from peftcli.reporting import Reporter, Silent
-from peftcli.run import RECIPE_FILE
+from peftcli.run import RECIPE_FILE, execution, remarks
 from peftcli.run.folder import TrainOptions, checkpoint_for_all, open_folder
 from peftcli.run.opening import (
     Base,
@@ -101,7 +100,8 @@ def train(
     method, config = check_method(loaded)
     section = loaded.recipe.distributed
     device = models.pick_device(options.device)
-    precision = mixed_precision(loaded.recipe.training.mixed_precision, device)
+    precision = execution.mixed_precision(loaded.recipe.training.mixed_precision, device)
+    execution.require(loaded.recipe.training, device)
     settings = zero_settings.read(loaded, precision, processes.here().count)
     with distributed.losses_explained(section.timeout):
         accelerator, group = distributed.begin(section, precision, device)
@@ -150,126 +150,32 @@ def _open_job(
     if spread:
         check_spreading(loaded, base, method, precision)
     prepared = encode_data(wanted, raw, base)
-    _note_data(prepared, base, reporter)
+    remarks.note_data(prepared, base, reporter)
     config = settle(loaded, method, config, base, prepared, group.count)
     show(render(prepared.train, 0, base.processor, prepared.meaning.labels))
     reporter.stage("loading the base model")
     # What is to be spread need not fit on one device: it goes there layer by layer.
     home = torch.device("cpu") if spread else None
     model, fresh = load_weights(base, group.device, wanted.training.seed, reporter, wide=fit.trains_base, hold_on=home)
-    joins = _may_join(wanted, model, method.obstacle(config, "flat"), reporter)
-    finish = _finish(wanted.model.task, model, reporter)
+    joins = remarks.may_join(wanted, model, method.obstacle(config, "flat"), reporter)
+    finish = remarks.finish_of(wanted.model.task, model, reporter)
     inject.graft(model, method, config, wanted.training.seed, trained=fresh)
     inject.widen_trained(model)
     quantization.require_exact_biases(model, precision)
-    _note_fresh(fresh, reporter)
+    remarks.note_fresh(fresh, reporter)
     counts = manifest.parameter_counts(model)
-    _note_sizes(model, counts, group.device, precision, reporter)
-    _note_processes(group, wanted.training, reporter)
+    remarks.note_sizes(model, counts, group.device, precision, reporter)
+    remarks.note_processes(group, wanted.training, reporter)
     checks.all_are_alike(group, prepared.train.fingerprint, model)
-    if wanted.training.gradient_checkpointing:
-        _checkpoint_activations(model)
+    # A cache cannot be filled twice: what keeps activations from being recomputed is that, and nothing else.
+    fills_cache = method.obstacle(config, "checkpointing") is not None
+    execution.set_up(model, wanted.training, group.device, fills_cache=fills_cache)
     for remark in settings.remarks(int(counts["trainable_params"])) if settings is not None else ():
         reporter.note(remark)
     if spread:
-        reporter.note(_spread(model, settings, group))
+        reporter.note(execution.spread(model, settings, group))
     folder = Path(wanted.output_dir or "runs")
     return Job(wanted, folder, base, model, method, config, prepared, joins, finish, counts, group)
-
-
-def _spread(model: PreTrainedModel, settings: ZeroSettings | None, group: Processes) -> str:
-    """Spreads the model's base over the processes, and returns a sentence on what of it lies here."""
-    if settings is not None:
-        return zero.shard(model, settings, group.device)
-    sharding.shard(model, group.device, group.count)
-    return checks.what_is_spread(model)
-
-
-def mixed_precision(wanted: str, device: torch.device) -> str:
-    """Returns `no`, `bf16` or `fp16`: what was asked for, or bf16 for `auto` where the device has it in hardware.
-
-    Raises:
-        HostError: The device cannot do what was asked for; the libraries would compute in float32 without a word.
-    """
-    if wanted == "auto":
-        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    if wanted == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise HostError(
-            f"training.mixed_precision: {torch.cuda.get_device_name(device)} has no bf16, and would imitate it slowly",
-            hint="set training.mixed_precision to fp16, or to auto",
-        )
-    if wanted == "fp16" and device.type == "cpu":
-        raise HostError(
-            "training.mixed_precision: fp16 needs a GPU, and this run is on the CPU",
-            hint="set training.mixed_precision to no (fastest on a CPU), or to auto",
-        )
-    return wanted
-
-
-def _note_fresh(fresh: list[str], reporter: Reporter) -> None:
-    if fresh:
-        reporter.note(
-            f"the checkpoint has none of {', '.join(fresh)}: they start from random numbers and train in full"
-        )
-
-
-def _note_data(prepared: PreparedData, base: Base, reporter: Reporter) -> None:
-    for remark in base.remarks:
-        reporter.note(remark)
-    for line in prepared.train_report.lines():
-        reporter.note(f"train: {line}")
-    for line in prepared.eval_report.lines() if prepared.eval_report else ():
-        reporter.note(f"eval: {line}")
-
-
-def _may_join(wanted: Recipe, model: PreTrainedModel, obstacle: str | None, reporter: Reporter) -> bool:
-    """Returns whether batches may be padding-free, having tried it on the model; `obstacle` is the method's, if any.
-
-    Raises:
-        ModelError: The recipe insists and the model cannot.
-    """
-    if wanted.data.padding_free is False or wanted.model.task != "causal-lm":
-        return False
-    attention = model.config._attn_implementation
-    message = obstacle or f"{model.config.model_type} with {attention} attention cannot keep joined samples apart"
-    if obstacle is None and checks.joins_exactly(model):
-        return True
-    if wanted.data.padding_free is True:
-        raise ModelError(f"data.padding_free: {message}", hint="set data.padding_free to auto or false")
-    reporter.note(f"batches are padded: {message}")
-    return False
-
-
-def _finish(task: str, model: PreTrainedModel, reporter: Reporter) -> Finish | None:
-    """Returns what a language model does to its head's logits, having tried it; None where that is nothing known."""
-    if task not in models.LANGUAGE_TASKS:
-        return None
-    found = checks.finish_of(model)
-    if found is None:
-        reporter.note(
-            f"the loss takes the logits of all supervised tokens at once: what {model.config.model_type} does to them "
-            "after its head is not known"
-        )
-    return found
-
-
-def _note_sizes(
-    model: PreTrainedModel, counts: dict[str, int | float], device: torch.device, precision: str, reporter: Reporter
-) -> None:
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    reporter.note(
-        f"{counts['trainable_params']:,} of {counts['total_params']:,} parameters train "
-        f"({counts['trainable_percent']:.3f} %) in {len(inject.adapters(model))} modules; "
-        f"base in {dtype} on {device}, mixed precision {precision}"
-    )
-
-
-def _note_processes(group: Processes, settings: TrainingSection, reporter: Reporter) -> None:
-    if group.count == 1:
-        return
-    threads = f", {torch.get_num_threads()} CPU threads each" if group.device.type == "cpu" else ""
-    samples = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * group.count
-    reporter.note(f"{group.count} processes over {group.backend}{threads}: {samples} samples a step")
 
 
 def _write_start(job: Job) -> None:
@@ -290,13 +196,6 @@ def _run_loop(job: Job, accelerator: Accelerator, resumed: Path | None, reporter
     if resumed is not None:
         trainer.resume(resumed)
     return trainer.run()
-
-
-def _checkpoint_activations(model: PreTrainedModel) -> None:
-    if not model.supports_gradient_checkpointing:
-        raise ModelError(f"training.gradient_checkpointing: {model.config.model_type} models cannot do it")
-    # The reentrant form drops the gradients of adapters behind a frozen embedding.
-    model.activation_checkpointing_enable({"use_reentrant": False})
 
 
 def _task(job: Job, first_step: int, reporter: Reporter) -> Task:

@@ -23,7 +23,7 @@ from peftcli.checkpoint import state
 from peftcli.checkpoint.adapter import trained_beside
 from peftcli.checkpoint.state import Progress
 from peftcli.errors import DataError, Interrupted, NumericalError
-from peftcli.training import checks, logs, loss, optimizers, schedule
+from peftcli.training import checks, compiling, logs, loss, offloading, optimizers, schedule
 from peftcli.training.meter import Meter
 from peftcli.training.signals import StopRequest
 
@@ -118,6 +118,9 @@ class Trainer:
         self.last_log: Metrics = {}
         self.evaluations: dict[int, Metrics] = {}
         self.prepared: Any = None
+        self.watch = compiling.Watch() if task.settings.torch_compile else None
+        wanted = task.settings.activation_offloading
+        self.offloading = offloading.policy_of(task.model, processes.device) if wanted else None
 
     def resume(self, folder: Path) -> None:
         """Continues from the checkpoint in `folder`, with what was logged up to it; call it before `run`.
@@ -169,6 +172,8 @@ class Trainer:
                         )
         finally:
             task.reporter.end()
+        if self.watch is not None:
+            task.reporter.note(self.watch.summary())
         self._restore_best()
         final = self.evaluations.get(self.progress.best_step if task.settings.load_best_at_end else self.progress.step)
         return Result(self.progress, self.last_log, final or {}, time.monotonic() - started)
@@ -213,7 +218,7 @@ class Trainer:
         loss.seed_noise(self.task.settings.seed, self.progress.step, position, self.processes.place.rank)
         if self.is_spread:
             sharding.set_gradient_sync(self.task.model, on=last)
-        with self.accelerator.autocast():
+        with offloading.while_saving(self.offloading), self.accelerator.autocast():
             summed = self.task.objective(self.task.model, batch)
         # The processes' gradients are averaged: their number undoes that, so the sum is over all tokens of the step.
         self.accelerator.backward(summed * (self.processes.count / tokens))
@@ -254,6 +259,8 @@ class Trainer:
         step, task = self.progress.step, self.task
         task.reporter.step(step, self.meter.latest)
         at_end = step == self.total
+        if self.watch is not None and (remark := self.watch.failure(step)):
+            task.reporter.note(remark)
         epoch_ends = step % task.plan.steps_per_epoch == 0 or at_end
         if at_end or step % task.settings.logging_steps == 0:
             self.last_log = {"epoch": round(step / task.plan.steps_per_epoch, 4), **self.meter.flush()}
@@ -274,7 +281,7 @@ class Trainer:
     def _evaluate(self) -> bool:
         """Evaluates, logs it, and returns whether the loss is the lowest so far."""
         assert self.task.evaluate is not None
-        with self.accelerator.autocast():
+        with compiling.set_aside(self.watch), self.accelerator.autocast():
             metrics = self.task.evaluate()
         sharding.reshard(self.task.model)
         self.task.model.train()

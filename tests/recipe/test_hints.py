@@ -56,7 +56,8 @@ from .conftest import GOOD
         # What is not there.
         ("data.packing", "packing is not in this version; data.padding_free already avoids the padding"),
         ("model.trust_remote_code", "never accepted from a recipe: peftcli runs no code from a model repository"),
-        ("training.compile", "compiling the model is not in this version"),
+        ("training.compile", "peftcli calls this training.torch_compile"),
+        ("training.torch_compile_mode", "training.torch_compile compiles each layer with torch's default settings"),
         ("method.token_dim", "it follows from the model"),
         ("method.total_step", "it follows from training.max_steps or training.num_train_epochs"),
         ("method.wavelet_family", "waveft has Haar's wavelet alone, PEFT's db1"),

@@ -17,7 +17,7 @@ from peftcli import methods
 from peftcli.checkpoint import state
 from peftcli.checkpoint.moments import method_state, optimizer_tensors
 from peftcli.errors import HostError, NumericalError
-from peftcli.run.training import mixed_precision
+from peftcli.run.execution import mixed_precision
 from peftcli.training import checks
 from peftcli.training.distributed import alone
 from tests.conftest import reset_accelerate
