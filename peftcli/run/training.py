@@ -7,18 +7,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from peftcli import files, inject, manifest, models, processes, quantization, recipe, sharding
 from peftcli.checkpoint import adapter as adapter_files
+from peftcli.data.batching import Batcher, PackBatcher
+from peftcli.data.dataset import EncodedDataset
 from peftcli.data.meaning import write_meaning
 from peftcli.data.preview import Segment, render
 from peftcli.errors import HostError, ModelError
 from peftcli.recipe import LoadedRecipe, Recipe, TrainingSection
 from peftcli.reporting import Reporter, Silent
 from peftcli.run import RECIPE_FILE
+from peftcli.run.batches import Joins, check_packing, longest_sample, packed, settle_joining, step_plan
 from peftcli.run.folder import TrainOptions, checkpoint_for_all, open_folder
 from peftcli.run.opening import (
     Base,
@@ -59,7 +62,7 @@ class Job:
         method: The method.
         config: Its Config.
         data: The encoded samples.
-        joins: Whether batches may be padding-free.
+        joins: Whether samples may be joined.
         counts: How many parameters are which, counted before the base was spread.
         group: The run's processes.
     """
@@ -71,7 +74,7 @@ class Job:
     method: type[Method]
     config: MethodConfig
     data: PreparedData
-    joins: bool
+    joins: Joins
     counts: dict[str, int | float]
     group: Processes
 
@@ -143,25 +146,30 @@ def _open_job(
     base = open_base(wanted.model, meaning=raw.meaning, packed=wanted.quantization)
     fit = find_sites(loaded, base, method, config)
     check_checkpointing(loaded, method, config)
+    check_packing(loaded, method, config)
     spread = wanted.distributed.strategy == "fsdp2" or (settings is not None and settings.stage == 3)
     if spread:
         check_spreading(loaded, base, method, precision)
     prepared = encode_data(wanted, raw, base)
     _note_data(prepared, base, reporter)
     config = settle(loaded, method, config, base, prepared, group.count)
+    if wanted.data.packing:
+        reporter.note(f"packing: {packed(wanted, prepared.train, method.num_virtual_tokens(config)).describe()}")
     show(render(prepared.train, 0, base.processor, prepared.meaning.labels))
     reporter.stage("loading the base model")
     # What is to be spread need not fit on one device: it goes there layer by layer.
     home = torch.device("cpu") if spread else None
     model, fresh = load_weights(base, group.device, wanted.training.seed, reporter, wide=fit.trains_base, hold_on=home)
-    joins = _may_join(wanted, model, method.obstacle(config, "flat"), reporter)
+    num_virtual = method.num_virtual_tokens(config)
+    longest = longest_sample(prepared) + num_virtual
+    joins = settle_joining(wanted, model, group.device, longest, method.obstacle(config, "flat"), reporter)
     inject.graft(model, method, config, wanted.training.seed, trained=fresh)
     inject.widen_trained(model)
     quantization.require_exact_biases(model, precision)
     _note_fresh(fresh, reporter)
     counts = manifest.parameter_counts(model)
     _note_sizes(model, counts, group.device, precision, reporter)
-    _note_processes(group, wanted.training, reporter)
+    _note_processes(group, wanted.training, "packs" if wanted.data.packing else "samples", reporter)
     checks.all_are_alike(group, prepared.train.fingerprint, model)
     if wanted.training.gradient_checkpointing:
         _checkpoint_activations(model)
@@ -217,24 +225,6 @@ def _note_data(prepared: PreparedData, base: Base, reporter: Reporter) -> None:
         reporter.note(f"eval: {line}")
 
 
-def _may_join(wanted: Recipe, model: PreTrainedModel, obstacle: str | None, reporter: Reporter) -> bool:
-    """Returns whether batches may be padding-free, having tried it on the model; `obstacle` is the method's, if any.
-
-    Raises:
-        ModelError: The recipe insists and the model cannot.
-    """
-    if wanted.data.padding_free is False or wanted.model.task != "causal-lm":
-        return False
-    attention = model.config._attn_implementation
-    message = obstacle or f"{model.config.model_type} with {attention} attention cannot keep joined samples apart"
-    if obstacle is None and checks.joins_exactly(model):
-        return True
-    if wanted.data.padding_free is True:
-        raise ModelError(f"data.padding_free: {message}", hint="set data.padding_free to auto or false")
-    reporter.note(f"batches are padded: {message}")
-    return False
-
-
 def _note_sizes(
     model: PreTrainedModel, counts: dict[str, int | float], device: torch.device, precision: str, reporter: Reporter
 ) -> None:
@@ -246,12 +236,12 @@ def _note_sizes(
     )
 
 
-def _note_processes(group: Processes, settings: TrainingSection, reporter: Reporter) -> None:
+def _note_processes(group: Processes, settings: TrainingSection, unit: str, reporter: Reporter) -> None:
     if group.count == 1:
         return
     threads = f", {torch.get_num_threads()} CPU threads each" if group.device.type == "cpu" else ""
     samples = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * group.count
-    reporter.note(f"{group.count} processes over {group.backend}{threads}: {samples} samples a step")
+    reporter.note(f"{group.count} processes over {group.backend}{threads}: {samples} {unit} a step")
 
 
 def _write_start(job: Job) -> None:
@@ -282,20 +272,25 @@ def _checkpoint_activations(model: PreTrainedModel) -> None:
 
 
 def _task(job: Job, first_step: int, reporter: Reporter) -> Task:
-    from peftcli.data.sampling import StepPlan
     from peftcli.evaluation.tasks import evaluator
     from peftcli.training.loop import Task
     from peftcli.training.objectives import objective
 
-    settings, always = job.recipe.training, job.recipe.data.padding_free is True
+    settings = job.recipe.training
+    always = job.joins.free or job.recipe.data.padding_free is True
     prompts = job.method.virtual_ids(job.config, models.vocabulary_size(job.base.config))
     task, kind = job.recipe.model.task, job.data.meaning.kind
     eval_with = None
     if job.data.eval is not None:
-        held_out = make_batcher(job.data.eval, job.base, joins=job.joins, always=always, prompts=prompts)
+        held_out = make_batcher(job.data.eval, job.base, joins=job.joins.allowed, always=always, prompts=prompts)
         size = settings.per_device_eval_batch_size
         measure = partial(evaluator(task, kind), processes=job.group)
         eval_with = partial(measure, job.model, held_out, size, job.group.device, reporter.advance)
+    batcher = make_batcher(job.data.train, job.base, joins=job.joins.allowed, always=always, prompts=prompts)
+    if job.recipe.data.packing:
+        batcher = PackBatcher(cast("Batcher", batcher), by_row=not job.joins.free)
+    num_virtual = job.method.num_virtual_tokens(job.config)
+    place = job.group.place
     learning_rate = settings.learning_rate or job.method.default_learning_rate
     return Task(
         run=job.folder,
@@ -305,15 +300,8 @@ def _task(job: Job, first_step: int, reporter: Reporter) -> Task:
         learning_rate=learning_rate,
         head_learning_rate=settings.head_learning_rate or job.method.default_head_learning_rate or learning_rate,
         objective=objective(task, kind),
-        plan=StepPlan(
-            len(job.data.train),
-            settings.per_device_train_batch_size,
-            settings.gradient_accumulation_steps,
-            settings.seed,
-            job.group.place.rank,
-            job.group.count,
-        ),
-        batcher=make_batcher(job.data.train, job.base, joins=job.joins, always=always, prompts=prompts),
+        plan=step_plan(job.recipe, job.data.train, num_virtual, place.rank, job.group.count),
+        batcher=batcher,
         evaluate=eval_with,
         reporter=reporter,
         logs=_logs(job, first_step),

@@ -53,8 +53,12 @@ from .conftest import GOOD
         ("quantization.bnb_4bit_quant_storage", "peftcli calls this quantization.storage_dtype"),
         ("llm_int8_threshold", "peftcli calls this quantization.outlier_threshold"),
         ("quantization.llm_int8_skip_modules", "peftcli calls this quantization.skip_modules"),
+        ("training.packing", "data.packing"),
+        ("data.neat_packing", "peftcli calls this data.packing"),
+        ("training.train_sampling_strategy", "peftcli calls this training.group_by_length; write group_by_length: true"),
         # What is not there.
-        ("data.packing", "packing is not in this version; data.padding_free already avoids the padding"),
+        ("data.packing_strategy", "packs hold whole examples, best-fit-decreasing"),
+        ("data.eval_packing", "an evaluation takes examples in order of length"),
         ("model.trust_remote_code", "never accepted from a recipe: peftcli runs no code from a model repository"),
         ("training.compile", "compiling the model is not in this version"),
         ("method.token_dim", "it follows from the model"),
