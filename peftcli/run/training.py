@@ -14,7 +14,6 @@ import torch
 from peftcli import files, inject, manifest, models, processes, quantization, recipe, sharding
 from peftcli.checkpoint import adapter as adapter_files
 from peftcli.data.batching import Batcher, PackBatcher
-from peftcli.data.dataset import EncodedDataset
 from peftcli.data.meaning import write_meaning
 from peftcli.data.preview import Segment, render
 from peftcli.errors import HostError, ModelError
