@@ -16,7 +16,7 @@ RECIPES = PACKAGE.parent / "recipes"
 LAYERS = (
     {"cli", "__main__"},
     {"run"},
-    {"models", "data", "training", "checkpoint", "merge", "evaluation", "manifest"},
+    {"models", "data", "training", "checkpoint", "merge", "evaluation", "manifest", "attention"},
     {"sharding"},
     {"inject"},
     {"targets"},
@@ -47,7 +47,7 @@ ONLY_IN = {
     "rich": {"cli"},
     "accelerate": {"training", "run"},
     "deepspeed": {"training"},
-    "transformers": {"models", "data", "evaluation", "sites"},
+    "transformers": {"models", "data", "evaluation", "sites", "attention"},
     "huggingface_hub": {"models", "data", "hub"},
     "datasets": {"data"},
     "yaml": {"recipe"},

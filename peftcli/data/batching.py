@@ -8,14 +8,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from peftcli.data.collation import Batch, Layout, choose_layout, collate, join
+from peftcli.data.collation import Batch, Layout, choose_layout, collate, collate_packs, join
 from peftcli.data.dataset import EncodedDataset
 from peftcli.data.sampling import shares
 from peftcli.errors import RecipeError
 
 
 class Batches(Protocol):
-    """What a loop gets its batches from: a `Batcher`, or an `images.ImageBatcher`."""
+    """What a loop gets its batches from: a `Batcher`, a `PackBatcher` or an `images.ImageBatcher`."""
 
     @property
     def dataset(self) -> Any:
@@ -25,8 +25,8 @@ class Batches(Protocol):
     def num_prompts(self) -> int:
         """How many times a batch holds each of its samples."""
 
-    def batch(self, indices: Sequence[int]) -> Any:
-        """Returns the samples at `indices` as one batch."""
+    def batch(self, indices: Sequence[Any]) -> Any:
+        """Returns what a plan's micro-batch names, samples or packs of them, as one batch."""
 
     def in_order_of_length(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
         """Yields every sample once, or one rank's share of them in as many batches as any other rank's."""
@@ -94,3 +94,38 @@ class Batcher:
         order = np.argsort(-self.dataset.lengths, kind="stable").tolist()
         for share in shares(len(order), batch_size, rank, world_size):
             yield self.batch([order[position] for position in share])
+
+
+@dataclass(frozen=True)
+class PackBatcher:
+    """Makes batches of packs of one dataset's samples.
+
+    Attributes:
+        batcher: What it knows of dataset and model; it joins samples.
+        by_row: Give each pack a row of its own, instead of laying all end to end: for attention under a dense mask.
+    """
+
+    batcher: Batcher
+    by_row: bool
+
+    @property
+    def dataset(self) -> EncodedDataset:
+        """The samples."""
+        return self.batcher.dataset
+
+    @property
+    def num_prompts(self) -> int:
+        """How many times a batch holds each of its samples."""
+        return self.batcher.num_prompts
+
+    def batch(self, indices: Sequence[Sequence[int]]) -> Batch:
+        """Returns packs, each the indices of its samples, as one batch."""
+        of, rows = self.batcher, [[self.dataset[index] for index in pack] for pack in indices]
+        if not self.by_row:
+            rows = [[sample for row in rows for sample in row]] if rows else []
+        prompts: Sequence[tuple[int, ...]] = of.prompts or [()]
+        return join([collate_packs(rows, of.pad_token_id, self.dataset.goal, ids) for ids in prompts])
+
+    def in_order_of_length(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+        """Yields a rank's samples; see `Batcher.in_order_of_length`."""
+        return self.batcher.in_order_of_length(batch_size, rank, world_size)

@@ -28,12 +28,13 @@ class Batch:
         labels: What is to be predicted, -100 where nothing is. The same ids, not shifted, or a label for each token:
             same shape. A label for each sample: [B], or numbers for each [B, K]. Another text's ids: [B, M].
         attention_mask: 1 for tokens, 0 for padding [B, L]; None for a flat batch.
-        position_ids: Positions that start again at 0 with each sample [1, T]; None for a padded batch.
+        position_ids: Positions that start again at 0 with each sample [1, T], or [B, L] where each row is a pack; None
+            for a padded batch.
         num_tokens: Tokens, padding excluded and virtual tokens included; of both texts where there are two.
         num_supervised: Labels that count: those that are not -100, or samples where each has one label.
         goal: What the labels are.
         token_type_ids: Which text each token is from [B, L]; None where the model does not tell them apart.
-        task_ids: Number of the task of each sample [B], of each token in a flat batch [1, T].
+        task_ids: Number of the task of each sample [B], of each token where samples are joined: [1, T] or [B, L].
     """
 
     input_ids: Tensor
@@ -111,14 +112,55 @@ def collate(
     )
 
 
+def collate_packs(
+    packs: Sequence[Sequence[Sample]],
+    pad_token_id: int | None,
+    goal: Goal = "next-token",
+    virtual_ids: Sequence[int] = (),
+) -> Batch:
+    """Returns packs of samples as the rows of one batch [B, L], each row flat.
+
+    A dense mask costs the square of a row's length, which makes rows cheaper than all packs end to end. What fills a
+    shorter row up is one more sample to the model, and counts for nothing.
+
+    Args:
+        packs: The samples of each row; no packs at all give the batch that `collate` gives for no samples.
+        pad_token_id: See `collate`.
+        goal: See `collate`.
+        virtual_ids: See `collate`.
+    """
+    rows = [collate(samples, pad_token_id, "flat", goal, virtual_ids) for samples in packs or [()]]
+    longest = max(row.input_ids.shape[1] for row in rows)
+
+    def stacked(name: str, fill: int | None) -> Tensor:
+        """Returns a tensor of each row, filled up with one value; with positions where that is None."""
+        parts = []
+        for row in rows:
+            tensor: Tensor = getattr(row, name)
+            more = longest - tensor.shape[1]
+            filling = torch.arange(more) if fill is None else torch.full((more,), fill)
+            parts.append(torch.cat([tensor[0], filling.to(tensor.dtype)]))
+        return torch.stack(parts)
+
+    return replace(
+        rows[0],
+        input_ids=stacked("input_ids", pad_token_id or 0),
+        labels=stacked("labels", IGNORED),
+        position_ids=stacked("position_ids", None),
+        task_ids=stacked("task_ids", 0),
+        num_tokens=sum(row.num_tokens for row in rows),
+        num_supervised=sum(row.num_supervised for row in rows),
+    )
+
+
 def join(batches: Sequence[Batch]) -> Batch:
     """Returns the same samples collated with several prompts as one batch, prompt by prompt."""
     first = batches[0]
     if len(batches) == 1:
         return first
-    dim = 0 if first.position_ids is None else 1
+    is_flat = first.position_ids is not None and first.position_ids.shape[0] == 1
     joined: dict[str, Any] = {
-        name: torch.cat([getattr(batch, name) for batch in batches], dim=dim)
+        name: torch.cat([getattr(batch, name) for batch in batches], dim=int(is_flat))
         for name, value in vars(first).items()
         if isinstance(value, Tensor)
     }
@@ -176,12 +218,13 @@ def _empty(batch: Batch) -> Batch:
 
 
 def samples_of(batch: Batch) -> list[Sample]:
-    """Returns the samples that a batch holds, read back from its tensors."""
+    """Returns the samples that a padded or flat batch holds, read back from its tensors."""
     ids = batch.input_ids.cpu().numpy().astype(np.int32)
     labels = batch.labels.cpu().numpy()
     labels = labels.astype(np.float32 if batch.labels.is_floating_point() else np.int32)
     tasks = batch.task_ids.cpu().numpy() if batch.task_ids is not None else np.zeros(ids.shape[0], np.int32)
     if batch.position_ids is not None:
+        assert len(ids) == 1, "what fills up a row of packs cannot be told from a sample"
         starts = np.flatnonzero(batch.position_ids.cpu().numpy()[0] == 0)[1:]
         parts = zip(*(np.split(one[0], starts) for one in (ids, labels, tasks)), strict=True)
         return [_sample_of(own, label, batch.goal, int(task[0])) for own, label, task in parts]

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -81,6 +82,63 @@ def shares(n: int, batch_size: int, rank: int = 0, world_size: int = 1) -> Itera
         yield range(min(start, n), min(start + batch_size, n))
 
 
+class Plan(Protocol):
+    """Which samples each optimizer step uses: a `StepPlan`, or a `packing.PackPlan`."""
+
+    @property
+    def samples_per_step(self) -> int:
+        """What a full optimizer step takes, over all ranks: samples, or packs of them."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps until every sample was used once."""
+
+    def samples(self, global_step: int) -> Indices:
+        """Returns the indices of all ranks' samples of optimizer step `global_step`, from 0."""
+
+    def step(self, global_step: int) -> list[list[Any]]:
+        """Returns this rank's micro-batches of optimizer step `global_step`, from 0."""
+
+
+GROUPED_STEPS = 50
+"""Steps whose samples are sorted by length together; transformers' length-grouped sampler takes as many."""
+
+
+@dataclass(frozen=True, eq=False)
+class ByLength:
+    """A random order of samples in which those of a step have about the same length.
+
+    All but the few samples of an epoch's last, smaller step are shuffled, sorted by length within `GROUPED_STEPS` steps
+    at a time, and cut into steps, whose order is then drawn. So a long step comes as likely first as last, and any
+    sample may be in the smaller one.
+
+    Attributes:
+        lengths: Tokens of each sample [N].
+        per_step: Samples of a step, over all ranks.
+        seed: Decides the order.
+    """
+
+    lengths: npt.NDArray[np.int64]
+    per_step: int
+    seed: int
+
+    def order(self, epoch: int) -> Indices:
+        """Returns all samples' indices [N], step by step."""
+        return _by_length(self, epoch)
+
+
+@lru_cache(maxsize=2)
+def _by_length(grouping: ByLength, epoch: int) -> Indices:
+    order, per_step = permutation(len(grouping.lengths), grouping.seed, epoch), grouping.per_step
+    num_steps = len(order) // per_step
+    full, rest = np.split(order, [num_steps * per_step])
+    chunks = np.split(full, range(per_step * GROUPED_STEPS, len(full), per_step * GROUPED_STEPS))
+    ordered = [chunk[np.argsort(-grouping.lengths[chunk], kind="stable")] for chunk in [*chunks, rest]]
+    steps = np.concatenate(ordered[:-1]).reshape(num_steps, per_step)
+    # Steps are drawn by numbers of their own, which say nothing of which sample is where.
+    return np.concatenate([steps[permutation(num_steps, grouping.seed + 1, epoch)].ravel(), ordered[-1]])
+
+
 @dataclass(frozen=True)
 class StepPlan:
     """Which samples each optimizer step uses. Every epoch uses each sample once; its last step may be smaller.
@@ -94,6 +152,8 @@ class StepPlan:
         seed: Decides the order.
         rank: Whose share `step` returns.
         world_size: Number of ranks.
+        lengths: Tokens of each sample, where steps and micro-batches are to hold samples of like length; see
+            `ByLength`. The samples of a step then depend on the same product, and on the lengths.
     """
 
     num_samples: int
@@ -102,6 +162,11 @@ class StepPlan:
     seed: int
     rank: int = 0
     world_size: int = 1
+    lengths: npt.NDArray[np.int64] | None = None
+
+    @cached_property
+    def _by_length(self) -> ByLength | None:
+        return None if self.lengths is None else ByLength(self.lengths, self.samples_per_step, self.seed)
 
     @property
     def samples_per_step(self) -> int:
@@ -116,7 +181,8 @@ class StepPlan:
     def samples(self, global_step: int) -> Indices:
         """Returns the indices of all ranks' samples of optimizer step `global_step`, from 0."""
         epoch, position = divmod(global_step, self.steps_per_epoch)
-        order = permutation(self.num_samples, self.seed, epoch)
+        grouped = self._by_length
+        order = permutation(self.num_samples, self.seed, epoch) if grouped is None else grouped.order(epoch)
         start = position * self.samples_per_step
         return order[start : start + self.samples_per_step]
 

@@ -27,7 +27,8 @@ OTHER_NAMES: dict[str, str] = {
     "data.overlong": "truncation overflow excess_length_strategy truncate drop_long_seq",
     "data.train_on": "train_on_inputs train_on_prompt train_on_input mask_prompt completion_only_loss"
     " assistant_only_loss train_on_responses_only train_on_completions roles_to_train",
-    "data.padding_free": "neat_packing remove_padding use_padding_free",
+    "data.padding_free": "remove_padding use_padding_free",
+    "data.packing": "sample_packing packed neat_packing multipack use_packing",
     "model": "base_model_config model_config model_args model_arguments",
     "data": "data_args data_arguments data_module datamodule data_config dataset_config",
     "method": "lora peft lora_config peft_config adapter_config use_peft lora_args tuner",
@@ -77,6 +78,7 @@ OTHER_NAMES: dict[str, str] = {
     "training.per_device_eval_batch_size": "eval_batch_size per_gpu_eval_batch_size val_batch_size",
     "training.gradient_accumulation_steps": "grad_accum gradient_accumulation accumulation_steps"
     " grad_accumulation_steps gradient_accumulation_iters accumulate_grad_batches",
+    "training.group_by_length": "train_sampling_strategy length_grouped group_by_seq_length",
     "training.learning_rate": "lr base_lr max_lr peak_lr learningrate",
     "training.head_learning_rate": "head_lr classifier_lr classifier_learning_rate lr_head",
     "training.lr_scheduler_type": "lr_scheduler scheduler lr_schedule scheduler_type decay_lr",
@@ -133,12 +135,13 @@ REMARKS: dict[str, str] = {
     "use_adapterp": "write variant: pfeiffer",
     "flash_attention": "write attn_implementation: flash_attention_2",
     "flash_attn": "write attn_implementation: flash_attention_2",
+    "train_sampling_strategy": "write group_by_length: true",
     "global_batch_size": "the step's batch is this times gradient_accumulation_steps times the number of devices",
 }
 
 _PARALLEL = "a model is spread over processes by distributed.strategy: fsdp2 or deepspeed, in no other way"
 _MACHINES = "the number of machines is not the recipe's: peftcli train --nnodes N, or torchrun"
-_PACKING = "packing is not in this version; data.padding_free already avoids the padding that packing is for"
+_PACKS = "packs hold whole examples, best-fit-decreasing, and are filled up no further than a batch's longest"
 _CODE = "never accepted from a recipe: peftcli runs no code from a model repository"
 _TRACKER = "logging.report_to takes tensorboard; other trackers are not in this version, metrics.jsonl has every number"
 _OUTPUT = "the run's files all go to output_dir, which is never overwritten"
@@ -149,7 +152,9 @@ UNAVAILABLE: dict[str, str] = {
     _MACHINES: "num_nodes nnodes num_machines",
     "there is nothing to set: gradients are added up once a step": "ddp_backend ddp_find_unused_parameters"
     " ddp_bucket_cap_mb ddp_broadcast_buffers find_unused_parameters accelerator_config",
-    _PACKING: "packing sample_packing packed eval_packing pad_to_sequence_len eval_sample_packing",
+    _PACKS: "packing_strategy pad_to_sequence_len sample_packing_bin_size sample_packing_group_size",
+    "an evaluation takes examples in order of length, which leaves hardly any padding": "eval_packing"
+    " eval_sample_packing",
     _CODE: "trust_remote_code trust_remote remote_code",
     "training.torch_compile compiles each layer with torch's default settings": "torch_compile_mode"
     " torch_compile_backend compile_mode compile_backend",
@@ -171,7 +176,7 @@ UNAVAILABLE: dict[str, str] = {
     "the tokenizer is the model's own": "tokenizer tokenizer_name tokenizer_type tokenizer_path special_tokens",
     "a recipe gives no reward or preference data: peftcli trains on examples": "rl dpo beta reward_model loss_type"
     " stage",
-    "examples are shuffled by training.seed": "shuffle shuffle_seed group_by_length",
+    "examples are shuffled by training.seed": "shuffle shuffle_seed",
 }
 
 _DTYPES = {

@@ -69,6 +69,8 @@ _NEED_TASK: tuple[tuple[KeyPath, tuple[str, ...]], ...] = (
     (("data", "overlong"), _TEXT),
     (("data", "train_on"), ("causal-lm",)),
     (("data", "padding_free"), ("causal-lm",)),
+    (("data", "packing"), ("causal-lm",)),
+    (("training", "group_by_length"), _TEXT),
     (("evaluation", "generate", "max_new_tokens"), _LANGUAGE),
     (("evaluation", "generate", "do_sample"), _LANGUAGE),
     (("training", "head_learning_rate"), _LABELLING),
@@ -107,8 +109,21 @@ def broken_rules(values: Mapping[str, Any], locate: Locate) -> Iterator[Problem]
         message = "training.torch_compile: DeepSpeed's hooks around a layer cannot be compiled"
         hint = "set it to false, or distributed.strategy to ddp or fsdp2"
         yield Problem(message, locate(("training", "torch_compile")), hint)
+    yield from _layout_problems(values, locate)
     yield from _optimizer_problems(values, locate)
     yield from _task_problems(values, locate)
+
+
+def _layout_problems(values: Mapping[str, Any], locate: Locate) -> Iterator[Problem]:
+    """Yields a problem for each setting of how samples are laid out that another leaves nothing to do for."""
+    padding_free, packing, grouped = ("data", "padding_free"), ("data", "packing"), ("training", "group_by_length")
+    if given(values, packing) is True and given(values, padding_free) is False:
+        message = "data.packing: true needs what data.padding_free: false forbids: examples that are joined"
+        yield Problem(message, locate(packing), f"remove one of them; data.padding_free is at {locate(padding_free)}")
+    for path in (packing, padding_free):
+        if given(values, grouped) is True and given(values, path) is True:
+            message = f"training.group_by_length does nothing with {dotted(path)}: true, which leaves no padding"
+            yield Problem(message, locate(grouped), f"remove one of them; {dotted(path)} is at {locate(path)}")
 
 
 def _optimizer_problems(values: Mapping[str, Any], locate: Locate) -> Iterator[Problem]:

@@ -156,6 +156,11 @@ class DataSection(Section):
         default="auto",
         description="Join a batch's examples instead of padding them. auto: where the attention code allows it.",
     )
+    packing: bool = Field(
+        default=False,
+        description="Fill packs of max_length tokens with whole examples, which do not see each other. Batch sizes and "
+        "steps then count packs.",
+    )
 
 
 OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "lion_8bit", "adafactor", "sgd"]
@@ -172,6 +177,10 @@ class TrainingSection(Section):
     per_device_eval_batch_size: int = Field(default=8, gt=0, description="Examples per device in one evaluation pass.")
     gradient_accumulation_steps: int = Field(
         default=1, gt=0, description="Passes per optimizer step: multiplies the batch without its memory."
+    )
+    group_by_length: bool = Field(
+        default=False,
+        description="Batches of examples of about the same length: less padding, but a step sees only such.",
     )
     learning_rate: float | None = Field(
         default=None, gt=0, description="Peak learning rate. Left out: the method's own default."

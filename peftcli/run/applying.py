@@ -5,17 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from peftcli import models, recipe
 from peftcli.checkpoint import adapter as adapter_files
+from peftcli.data.dataset import EncodedDataset
 from peftcli.errors import RecipeError
 from peftcli.reporting import Reporter
 from peftcli.run.merging import merge
 from peftcli.run.opening import load_weights, make_batcher, open_base
 from peftcli.run.subject import Subject, evaluation_data, merged_section
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from peftcli.data import Dataset
+    from peftcli.run.batches import Joins
 
 __all__ = ["evaluate", "generate", "merge", "readout"]
 
@@ -25,7 +32,8 @@ def evaluate(
 ) -> dict[str, dict[str, float]]:
     """Returns the metrics of base, adapter and, where there is one, merged model on the same samples."""
     from peftcli.evaluation.tasks import evaluator
-    from peftcli.training.checks import finish_of, joins_exactly
+    from peftcli.run.batches import Joins
+    from peftcli.training.checks import finish_of
 
     device = models.pick_device(device_name)
     reporter.stage("reading the data")
@@ -35,22 +43,34 @@ def evaluate(
     task, meaning = subject.base.section.task, subject.base.meaning
     model, _ = load_weights(subject.base, device, subject.seed, reporter)
     measure = evaluator(task, meaning.kind, finish_of(model) if task in models.LANGUAGE_TASKS else None)
-    joins = task == "causal-lm" and joins_exactly(model)
-    batcher = make_batcher(samples, subject.base, joins=joins)
+    joins = _joins(model, task, samples, device)
+    batcher = make_batcher(samples, subject.base, joins=joins.allowed, always=joins.free)
     found: dict[str, dict[str, float]] = {}
     reporter.stage("evaluating the base model")
     found["base"] = measure(model, batcher, size, device, reporter.advance)
     adapter_files.attach(model, subject.adapter)
-    joins = joins and subject.adapter.method.obstacle(subject.adapter.config, "flat") is None
-    batcher = make_batcher(samples, subject.base, joins=joins, prompts=subject.prompts)
+    if subject.adapter.method.obstacle(subject.adapter.config, "flat") is not None:
+        joins = Joins(False)
+    batcher = make_batcher(samples, subject.base, joins=joins.allowed, always=joins.free, prompts=subject.prompts)
     reporter.stage("evaluating base and adapter")
     found["adapter"] = measure(model, batcher, size, device, reporter.advance)
     if subject.merged is not None:
         del model
         reporter.stage("evaluating the merged model")
         merged, _ = load_weights(open_base(merged_section(subject, subject.merged), meaning=meaning), device)
+        joins = _joins(merged, task, samples, device)
+        batcher = make_batcher(samples, subject.base, joins=joins.allowed, always=joins.free)
         found["merged"] = measure(merged, batcher, size, device, reporter.advance)
     return found
+
+
+def _joins(model: PreTrainedModel, task: str, samples: Dataset, device: torch.device) -> Joins:
+    """Returns whether `samples` may be joined for `model`."""
+    from peftcli.run.batches import Joins, try_joining
+
+    if task != "causal-lm" or not isinstance(samples, EncodedDataset):
+        return Joins(False)
+    return try_joining(model, device, int(samples.lengths.max(initial=0)))
 
 
 def generate(

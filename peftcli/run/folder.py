@@ -90,13 +90,13 @@ def _resume_from(wanted: Recipe, folder: Path, num_processes: int, reporter: Rep
     for remark in remarks:
         reporter.note(remark)
     if checkpoint is not None:
-        _require_same_steps(checkpoint, wanted.training, num_processes)
+        _require_same_steps(checkpoint, wanted.training, num_processes, "packs" if wanted.data.packing else "samples")
     reporter.note(f"resuming from {checkpoint.name}" if checkpoint else "no checkpoint yet: starting from step 0")
     return checkpoint
 
 
-def _require_same_steps(checkpoint: Path, settings: TrainingSection, num_processes: int) -> None:
-    """Raises a RecipeError where a step would not take as many samples as those before `checkpoint` did."""
+def _require_same_steps(checkpoint: Path, settings: TrainingSection, num_processes: int, unit: str) -> None:
+    """Raises a RecipeError where a step would not take as many samples (`unit`) as those before `checkpoint` did."""
     before = state.read_progress(checkpoint).samples_per_step
     round_size = settings.per_device_train_batch_size * num_processes
     now = round_size * settings.gradient_accumulation_steps
@@ -105,7 +105,7 @@ def _require_same_steps(checkpoint: Path, settings: TrainingSection, num_process
     rounds, rest = divmod(before, round_size)
     new_run = "or start a new run with output_dir=DIR"
     raise RecipeError(
-        f"a step of this run took {before} samples; of {num_processes} processes it would take {now}, and the "
+        f"a step of this run took {before} {unit}; of {num_processes} processes it would take {now}, and the "
         "remaining steps would be others",
         hint=f"set training.gradient_accumulation_steps to {rounds}, {new_run}"
         if rounds and not rest

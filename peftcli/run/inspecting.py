@@ -8,6 +8,7 @@ from peftcli.data.collation import samples_of
 from peftcli.data.preview import Segment, render, render_sample
 from peftcli.recipe import LoadedRecipe
 from peftcli.reporting import Reporter
+from peftcli.run.batches import check_packing
 from peftcli.run.opening import (
     check_checkpointing,
     check_method,
@@ -35,6 +36,7 @@ def validate(loaded: LoadedRecipe, reporter: Reporter) -> dict[str, Any]:
     note_stored(base.config, base.section.name, reporter)
     fit = find_sites(loaded, base, method, config)
     check_checkpointing(loaded, method, config)
+    check_packing(loaded, method, config)
     prepared = encode_data(loaded.recipe, raw, base)
     settle(loaded, method, config, base, prepared)
     return {

@@ -285,8 +285,8 @@ def settle(
     Raises:
         RecipeError: The method cannot do with these data, or as many steps; each problem carries the recipe's line.
     """
-    _check_steps(loaded, method, config, len(prepared.train), num_processes)
     if base.reads_images:
+        _check_steps(loaded, method, config, prepared.train, num_processes)
         return config
     from peftcli.data.facts import DataFacts
 
@@ -296,6 +296,7 @@ def settle(
         settled: MethodConfig = method.prepare(config, known)
     except RecipeError as error:
         raise RecipeError.of(located(loaded, error)) from error
+    _check_steps(loaded, method, settled, prepared.train, num_processes)
     held_out = cast("data.EncodedDataset | None", prepared.eval)
     longest = max(int(one.lengths.max(initial=0)) for one in (samples, held_out) if one is not None)
     _check_positions(loaded, method.num_positions(settled), models.max_positions(base.config), longest)
@@ -303,19 +304,15 @@ def settle(
 
 
 def _check_steps(
-    loaded: LoadedRecipe, method: type[Method], config: MethodConfig, num_samples: int, num_processes: int
+    loaded: LoadedRecipe, method: type[Method], config: MethodConfig, samples: Dataset, num_processes: int
 ) -> None:
     """Raises a RecipeError where the method cannot do with as many steps as the recipe's training takes."""
-    from peftcli.data.sampling import StepPlan
+    from peftcli.run.batches import step_plan
     from peftcli.training.schedule import total_steps
 
-    training = loaded.recipe.training
-    size, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
-    plan = StepPlan(num_samples, size, accumulation, training.seed, world_size=num_processes)
-    problems = [
-        Problem(f"method.{message}")
-        for message in method.check_steps(config, total_steps(training, plan.steps_per_epoch))
-    ]
+    plan = step_plan(loaded.recipe, samples, method.num_virtual_tokens(config), world_size=num_processes)
+    num_steps = total_steps(loaded.recipe.training, plan.steps_per_epoch)
+    problems = [Problem(f"method.{message}") for message in method.check_steps(config, num_steps)]
     if problems:
         raise RecipeError.of(located(loaded, RecipeError.of(problems)))
 

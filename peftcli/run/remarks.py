@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from peftcli import inject, models
-from peftcli.errors import ModelError
 from peftcli.training import checks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from peftcli.data import PreparedData
-    from peftcli.recipe import Recipe, TrainingSection
+    from peftcli.recipe import TrainingSection
     from peftcli.reporting import Reporter
     from peftcli.run.opening import Base
     from peftcli.training.distributed import Processes
@@ -37,24 +36,6 @@ def note_data(prepared: PreparedData, base: Base, reporter: Reporter) -> None:
         reporter.note(f"train: {line}")
     for line in prepared.eval_report.lines() if prepared.eval_report else ():
         reporter.note(f"eval: {line}")
-
-
-def may_join(wanted: Recipe, model: PreTrainedModel, obstacle: str | None, reporter: Reporter) -> bool:
-    """Returns whether batches may be padding-free, having tried it on the model; `obstacle` is the method's, if any.
-
-    Raises:
-        ModelError: The recipe insists and the model cannot.
-    """
-    if wanted.data.padding_free is False or wanted.model.task != "causal-lm":
-        return False
-    attention = model.config._attn_implementation
-    message = obstacle or f"{model.config.model_type} with {attention} attention cannot keep joined samples apart"
-    if obstacle is None and checks.joins_exactly(model):
-        return True
-    if wanted.data.padding_free is True:
-        raise ModelError(f"data.padding_free: {message}", hint="set data.padding_free to auto or false")
-    reporter.note(f"batches are padded: {message}")
-    return False
 
 
 def finish_of(task: str, model: PreTrainedModel, reporter: Reporter) -> Finish | None:
@@ -82,10 +63,10 @@ def note_sizes(
     )
 
 
-def note_processes(group: Processes, settings: TrainingSection, reporter: Reporter) -> None:
-    """Says how many processes take part, where it is not one."""
+def note_processes(group: Processes, settings: TrainingSection, unit: str, reporter: Reporter) -> None:
+    """Says how many processes take part, where it is not one; `unit` is what batches are made of."""
     if group.count == 1:
         return
     threads = f", {torch.get_num_threads()} CPU threads each" if group.device.type == "cpu" else ""
     samples = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * group.count
-    reporter.note(f"{group.count} processes over {group.backend}{threads}: {samples} samples a step")
+    reporter.note(f"{group.count} processes over {group.backend}{threads}: {samples} {unit} a step")

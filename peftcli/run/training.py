@@ -7,17 +7,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from peftcli import files, inject, manifest, models, processes, quantization, recipe
 from peftcli.checkpoint import adapter as adapter_files
+from peftcli.data.batching import Batcher, PackBatcher
 from peftcli.data.meaning import write_meaning
 from peftcli.data.preview import Segment, render
 from peftcli.recipe import LoadedRecipe, Recipe
 from peftcli.reporting import Reporter, Silent
 from peftcli.run import RECIPE_FILE, execution, remarks
+from peftcli.run.batches import Joins, check_packing, longest_sample, packed, settle_joining, step_plan
 from peftcli.run.folder import TrainOptions, checkpoint_for_all, open_folder
 from peftcli.run.opening import (
     Base,
@@ -59,7 +61,7 @@ class Job:
         method: The method.
         config: Its Config.
         data: The encoded samples.
-        joins: Whether batches may be padding-free.
+        joins: Whether samples may be joined.
         finish: What a language model does to its head's logits; None where that is not known.
         counts: How many parameters are which, counted before the base was spread.
         group: The run's processes.
@@ -72,7 +74,7 @@ class Job:
     method: type[Method]
     config: MethodConfig
     data: PreparedData
-    joins: bool
+    joins: Joins
     finish: Finish | None
     counts: dict[str, int | float]
     group: Processes
@@ -146,18 +148,23 @@ def _open_job(
     base = open_base(wanted.model, meaning=raw.meaning, packed=wanted.quantization)
     fit = find_sites(loaded, base, method, config)
     check_checkpointing(loaded, method, config)
+    check_packing(loaded, method, config)
     spread = wanted.distributed.strategy == "fsdp2" or (settings is not None and settings.stage == 3)
     if spread:
         check_spreading(loaded, base, method, precision)
     prepared = encode_data(wanted, raw, base)
     remarks.note_data(prepared, base, reporter)
     config = settle(loaded, method, config, base, prepared, group.count)
+    if wanted.data.packing:
+        reporter.note(f"packing: {packed(wanted, prepared.train, method.num_virtual_tokens(config)).describe()}")
     show(render(prepared.train, 0, base.processor, prepared.meaning.labels))
     reporter.stage("loading the base model")
     # What is to be spread need not fit on one device: it goes there layer by layer.
     home = torch.device("cpu") if spread else None
     model, fresh = load_weights(base, group.device, wanted.training.seed, reporter, wide=fit.trains_base, hold_on=home)
-    joins = remarks.may_join(wanted, model, method.obstacle(config, "flat"), reporter)
+    num_virtual = method.num_virtual_tokens(config)
+    longest = longest_sample(prepared) + num_virtual
+    joins = settle_joining(wanted, model, group.device, longest, method.obstacle(config, "flat"), reporter)
     finish = remarks.finish_of(wanted.model.task, model, reporter)
     inject.graft(model, method, config, wanted.training.seed, trained=fresh)
     inject.widen_trained(model)
@@ -165,7 +172,7 @@ def _open_job(
     remarks.note_fresh(fresh, reporter)
     counts = manifest.parameter_counts(model)
     remarks.note_sizes(model, counts, group.device, precision, reporter)
-    remarks.note_processes(group, wanted.training, reporter)
+    remarks.note_processes(group, wanted.training, "packs" if wanted.data.packing else "samples", reporter)
     checks.all_are_alike(group, prepared.train.fingerprint, model)
     # A cache cannot be filled twice: what keeps activations from being recomputed is that, and nothing else.
     fills_cache = method.obstacle(config, "checkpointing") is not None
@@ -199,20 +206,25 @@ def _run_loop(job: Job, accelerator: Accelerator, resumed: Path | None, reporter
 
 
 def _task(job: Job, first_step: int, reporter: Reporter) -> Task:
-    from peftcli.data.sampling import StepPlan
     from peftcli.evaluation.tasks import evaluator
     from peftcli.training.loop import Task
     from peftcli.training.objectives import objective
 
-    settings, always = job.recipe.training, job.recipe.data.padding_free is True
+    settings = job.recipe.training
+    always = job.joins.free or job.recipe.data.padding_free is True
     prompts = job.method.virtual_ids(job.config, models.vocabulary_size(job.base.config))
     task, kind = job.recipe.model.task, job.data.meaning.kind
     eval_with = None
     if job.data.eval is not None:
-        held_out = make_batcher(job.data.eval, job.base, joins=job.joins, always=always, prompts=prompts)
+        held_out = make_batcher(job.data.eval, job.base, joins=job.joins.allowed, always=always, prompts=prompts)
         size = settings.per_device_eval_batch_size
         measure = partial(evaluator(task, kind, job.finish), processes=job.group)
         eval_with = partial(measure, job.model, held_out, size, job.group.device, reporter.advance)
+    batcher = make_batcher(job.data.train, job.base, joins=job.joins.allowed, always=always, prompts=prompts)
+    if job.recipe.data.packing:
+        batcher = PackBatcher(cast("Batcher", batcher), by_row=not job.joins.free)
+    num_virtual = job.method.num_virtual_tokens(job.config)
+    place = job.group.place
     learning_rate = settings.learning_rate or job.method.default_learning_rate
     return Task(
         run=job.folder,
@@ -222,15 +234,8 @@ def _task(job: Job, first_step: int, reporter: Reporter) -> Task:
         learning_rate=learning_rate,
         head_learning_rate=settings.head_learning_rate or job.method.default_head_learning_rate or learning_rate,
         objective=objective(task, kind, job.finish),
-        plan=StepPlan(
-            len(job.data.train),
-            settings.per_device_train_batch_size,
-            settings.gradient_accumulation_steps,
-            settings.seed,
-            job.group.place.rank,
-            job.group.count,
-        ),
-        batcher=make_batcher(job.data.train, job.base, joins=job.joins, always=always, prompts=prompts),
+        plan=step_plan(job.recipe, job.data.train, num_virtual, place.rank, job.group.count),
+        batcher=batcher,
         evaluate=eval_with,
         reporter=reporter,
         logs=_logs(job, first_step),

@@ -127,8 +127,8 @@ def what_is_spread(model: nn.Module) -> str:
 
 
 @torch.no_grad()
-def joins_exactly(model: PreTrainedModel) -> bool:
-    """Returns whether `model` gives two short sequences, joined in one row, the logits that each gets alone.
+def joins_exactly(model: PreTrainedModel, rows: int = 1) -> bool:
+    """Returns whether `model` gives two short sequences, joined in each of `rows`, the logits that each gets alone.
 
     This is what padding-free batches rely on. It fails for models whose layers mix neighbours without a mask
     (recurrent or convolutional ones) or that ignore `position_ids`.
@@ -140,7 +140,8 @@ def joins_exactly(model: PreTrainedModel) -> bool:
     was_training = model.training
     model.eval()
     try:
-        joined = model(input_ids=torch.cat([first, second], 1), position_ids=positions, use_cache=False).logits
+        both = torch.cat([first, second], 1).expand(rows, -1)
+        joined = model(input_ids=both, position_ids=positions.expand(rows, -1), use_cache=False).logits
         apart = torch.cat([model(input_ids=ids, use_cache=False).logits for ids in (first, second)], 1)
     except (TypeError, ValueError):
         return False

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from peftcli.checkpoint.adapter import Origin
     from peftcli.data.batching import Batches
-    from peftcli.data.sampling import StepPlan
+    from peftcli.data.sampling import Plan
     from peftcli.recipe import TrainingSection
     from peftcli.reporting import Metrics, Reporter
     from peftcli.training.distributed import Processes
@@ -67,7 +67,7 @@ class Task:
     learning_rate: float
     head_learning_rate: float
     objective: Objective
-    plan: StepPlan
+    plan: Plan
     batcher: Batches
     evaluate: Callable[[], dict[str, float]] | None
     reporter: Reporter

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from peftcli.data.sampling import StepPlan, permutation, split
 from peftcli.errors import DataError
+from tests.tolerances import STANDARD_ERRORS
 
 
 def test_the_order_never_changes():
@@ -98,3 +99,39 @@ def test_orders_are_even():
     orders = np.array([permutation(6, 1, epoch) for epoch in range(3000)])
     counts = np.array([[(orders[:, place] == i).sum() for i in range(6)] for place in range(6)])
     assert ((counts - 500) ** 2 / 500).sum() * 5 / 6 < 52.6
+
+
+@given(
+    st.lists(st.integers(1, 30), min_size=1, max_size=80),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(1, 2),
+    st.integers(0, 2),
+)
+def test_grouped_by_length_every_sample_still_comes_once(lengths, batch, accumulation, world, epoch):
+    lengths = np.array(lengths)
+    ranks = [StepPlan(len(lengths), batch, accumulation, 7, rank, world, lengths) for rank in range(world)]
+    alone = StepPlan(len(lengths), batch * accumulation * world, 1, 7, lengths=lengths)
+    first, seen = epoch * alone.steps_per_epoch, []
+    for step in range(first, first + alone.steps_per_epoch):
+        taken = [index for rank in ranks for micro in rank.step(step) for index in micro]
+        assert sorted(taken) == sorted(alone.samples(step).tolist())
+        seen += taken
+    assert sorted(seen) == list(range(len(lengths)))
+
+
+def test_grouped_by_length_pads_less_and_favours_no_length():
+    lengths = np.random.default_rng(0).integers(1, 100, 4_003)
+    padded, first_means = {}, []
+    for grouped in (None, lengths):
+        plan = StepPlan(len(lengths), 8, 1, 7, lengths=grouped)
+        batches = [micro for step in range(plan.steps_per_epoch) for micro in plan.step(step)]
+        padded[grouped is not None] = sum(lengths[micro].max() * len(micro) for micro in batches) - lengths.sum()
+    assert padded[True] < padded[False] / 20
+    for epoch in range(20):
+        steps = range(epoch * plan.steps_per_epoch, epoch * plan.steps_per_epoch + 50)
+        first_means.append(np.mean([lengths[plan.samples(step)].mean() for step in steps]))
+    # Fifty steps of a length each, uniform over 1 … 99: the mean of so many has a standard error of 28.6 / √1000.
+    assert abs(np.mean(first_means) - lengths.mean()) < STANDARD_ERRORS * 28.6 / 1000**0.5
+    lasts = {tuple(plan.samples((epoch + 1) * plan.steps_per_epoch - 1).tolist()) for epoch in range(5)}
+    assert len(lasts) == 5  # the smaller last step has others in each epoch

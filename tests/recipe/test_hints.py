@@ -53,8 +53,15 @@ from .conftest import GOOD
         ("quantization.bnb_4bit_quant_storage", "peftcli calls this quantization.storage_dtype"),
         ("llm_int8_threshold", "peftcli calls this quantization.outlier_threshold"),
         ("quantization.llm_int8_skip_modules", "peftcli calls this quantization.skip_modules"),
+        ("training.packing", "packing belongs in data"),
+        ("data.neat_packing", "peftcli calls this data.packing"),
+        ("training.train_sampling_strategy", "peftcli calls this training.group_by_length"),
         # What is not there.
-        ("data.packing", "packing is not in this version; data.padding_free already avoids the padding"),
+        (
+            "data.packing_strategy",
+            "packs hold whole examples, best-fit-decreasing, and are filled up no further than a batch's longest",
+        ),
+        ("data.eval_packing", "an evaluation takes examples in order of length, which leaves hardly any padding"),
         ("model.trust_remote_code", "never accepted from a recipe: peftcli runs no code from a model repository"),
         ("training.compile", "peftcli calls this training.torch_compile"),
         ("training.torch_compile_mode", "training.torch_compile compiles each layer with torch's default settings"),
