@@ -81,7 +81,7 @@ class TestLocating:
         monkeypatch.chdir(tmp_path)
         started = time.monotonic()
         problem = refused("some-org/no-such-model")
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 4  # asked for again and again, a hub costs more than that
         assert "cannot load the configuration of some-org/no-such-model" in problem.message
         assert "not in the local cache, and the model hub cannot be reached" in problem.message
         assert "model.name=PATH" in problem.hint

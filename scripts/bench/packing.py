@@ -51,7 +51,7 @@ def run(options: Options) -> list[Table]:
 
 def table(title: str, lengths: Lengths, capacity: int, options: Options) -> Table:
     """Returns the layouts' figures for samples of these lengths."""
-    model = methods.ours("lora", methods.ALL_LINEAR)(methods.llama(num_layers=1 if options.smoke else 8))
+    model = methods.ours("lora", methods.ALL_LINEAR)(methods.llama(small=options.smoke))
     rounds = 1 if options.smoke else 3 * options.rounds
     steps = {name: step(copy.deepcopy(model), name, lengths, capacity) for name in (*LAYOUTS,)}
     speeds: dict[str, list[float]] = {name: [] for name in steps}
