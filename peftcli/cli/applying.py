@@ -62,6 +62,13 @@ def merge(
             "Left out: dequantised."
         ),
     ] = None,
+    verify: Annotated[
+        str | None,
+        typer.Option(
+            help="What is compared: layers, each as it is merged, in the memory of one; or logits, of whole models too. "
+            "Left out: layers, and for a quantised base logits."
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")] = False,
     json: AsJson = False,
 ) -> None:
@@ -70,6 +77,10 @@ def merge(
         raise RecipeError(f'--dtype: "{dtype}" is none of float32, bfloat16, float16')
     if base not in (None, "dequantised", "original"):
         raise RecipeError(f'--base: "{base}" is none of dequantised, original')
+    if verify not in (None, "layers", "logits"):
+        raise RecipeError(f'--verify: "{verify}" is none of layers, logits')
+    if base is not None and verify == "layers":
+        raise RecipeError("--verify: with --base whole models are measured", hint="leave --verify out")
     from peftcli.run import MERGED_FOLDER
     from peftcli.run.merging import merge as run_merge
     from peftcli.run.merging import merge_onto
@@ -77,21 +88,28 @@ def merge(
 
     subject = open_subject(run, adapter, model)
     target = output or (run or subject.adapter.folder) / MERGED_FOLDER
-    found: dict[str, Agreement] = {}
-    if base is None:
-        agreement, count = run_merge(subject, target, dtype, make_reporter(), overwrite=overwrite)
-    else:
+    if base is not None:
         found, count = merge_onto(subject, target, dtype, base, make_reporter(), overwrite=overwrite)
-        agreement = found[base]
-    if json:
-        compared = {"base": base, "compared": {name: vars(one) for name, one in found.items()}} if found else {}
-        console.print_json({"folder": str(target), "merged_weights": count, **vars(agreement), **compared})
+        if json:
+            compared = {"base": base, "compared": {name: vars(one) for name, one in found.items()}}
+            console.print_json({"folder": str(target), "merged_weights": count, **vars(found[base]), **compared})
+            return
+        console.stdout.print(f"merged {count} weights into {target}")
+        for name, one in found.items():
+            console.stdout.print(_agreement(f"onto the {name} base, compared", one))
         return
-    console.stdout.print(f"merged {count} weights into {target}")
-    for name, one in found.items():
-        console.stdout.print(_agreement(f"onto the {name} base, compared", one))
-    if not found:
-        console.stdout.print(_agreement("verified", agreement))
+    done = run_merge(subject, target, dtype, make_reporter(), overwrite=overwrite, verify=verify)
+    layers = {"layers": done.layers, "max_layer_difference": done.layer_difference}
+    if json:
+        whole = vars(done.agreement) if done.agreement is not None else {}
+        console.print_json({"folder": str(target), "merged_weights": done.count, **layers, **whole})
+        return
+    console.stdout.print(f"merged {done.count} weights into {target}")
+    console.stdout.print(
+        f"verified {done.layers} layers: largest difference {done.layer_difference:.1e} of a layer's largest output"
+    )
+    if done.agreement is not None:
+        console.stdout.print(_agreement("verified", done.agreement))
 
 
 def export(
