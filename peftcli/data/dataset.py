@@ -152,8 +152,7 @@ class EncodedDataset:
 
     def select(self, indices: npt.NDArray[np.int64]) -> EncodedDataset:
         """Returns the samples at `indices`, of which there may be none."""
-        samples = EncodedDataset.of([self[index] for index in indices.tolist()], self.goal)
-        return samples
+        return EncodedDataset.of([self[index] for index in indices.tolist()], self.goal)
 
     def __len__(self) -> int:
         """Returns the number of samples."""
