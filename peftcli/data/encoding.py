@@ -135,8 +135,8 @@ class _Encoder:
         bad: dict[int, BadRow] = {}
         for index, row in zip(indices, self.rows.take(indices), strict=True):
             try:
-                row = renamed(row, self.data.columns)
-                kept.append((index, self.meaning.task_number(row), self._read(row)))
+                named = renamed(row, self.data.columns)
+                kept.append((index, self.meaning.task_number(named), self._read(named)))
             except BadRow as error:
                 bad[index] = error
         chats = iter(self.renderer.answers([one for _, _, one in kept if isinstance(one, Conversation)]))
