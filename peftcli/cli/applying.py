@@ -15,6 +15,7 @@ from peftcli.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
     from peftcli.merge import Agreement
+    from peftcli.run.merging import Merged
 
 Run = Annotated[Path | None, typer.Argument(help="A run's folder: the output_dir of train.", show_default=False)]
 Adapter = Annotated[
@@ -89,27 +90,29 @@ def merge(
     subject = open_subject(run, adapter, model)
     target = output or (run or subject.adapter.folder) / MERGED_FOLDER
     if base is not None:
-        found, count = merge_onto(subject, target, dtype, base, make_reporter(), overwrite=overwrite)
-        if json:
-            compared = {"base": base, "compared": {name: vars(one) for name, one in found.items()}}
-            console.print_json({"folder": str(target), "merged_weights": count, **vars(found[base]), **compared})
-            return
-        console.stdout.print(f"merged {count} weights into {target}")
-        for name, one in found.items():
-            console.stdout.print(_agreement(f"onto the {name} base, compared", one))
-        return
-    done = run_merge(subject, target, dtype, make_reporter(), overwrite=overwrite, verify=verify)
-    layers = {"layers": done.layers, "max_layer_difference": done.layer_difference}
+        both, count = merge_onto(subject, target, dtype, base, make_reporter(), overwrite=overwrite)
+        facts = {**vars(both[base]), "base": base, "compared": {name: vars(one) for name, one in both.items()}}
+        said = [_agreement(f"onto the {name} base, compared", one) for name, one in both.items()]
+    else:
+        done = run_merge(subject, target, dtype, make_reporter(), overwrite=overwrite, verify=verify)
+        count, (facts, said) = done.count, _proven(done)
     if json:
-        whole = vars(done.agreement) if done.agreement is not None else {}
-        console.print_json({"folder": str(target), "merged_weights": done.count, **layers, **whole})
+        console.print_json({"folder": str(target), "merged_weights": count, **facts})
         return
-    console.stdout.print(f"merged {done.count} weights into {target}")
-    console.stdout.print(
-        f"verified {done.layers} layers: largest difference {done.layer_difference:.1e} of a layer's largest output"
-    )
+    console.stdout.print(f"merged {count} weights into {target}")
+    for line in said:
+        console.stdout.print(line)
+
+
+def _proven(done: Merged) -> tuple[dict[str, Any], list[str]]:
+    """Returns what was found of a merge, for scripts and in sentences."""
+    facts: dict[str, Any] = {"layers": done.layers, "max_layer_difference": done.layer_difference}
+    difference = f"{done.layer_difference:.1e} of a layer's largest output"
+    said = [f"verified {done.layers} layers: largest difference {difference}"]
     if done.agreement is not None:
-        console.stdout.print(_agreement("verified", done.agreement))
+        facts |= vars(done.agreement)
+        said.append(_agreement("verified", done.agreement))
+    return facts, said
 
 
 def export(

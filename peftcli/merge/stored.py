@@ -19,6 +19,7 @@ from torch import Tensor
 
 from peftcli import models
 from peftcli.errors import ModelError
+from peftcli.merge.tensor_file import PART_BYTES
 from peftcli.targets import output_head
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-CHUNK_BYTES = 1 << 23
 DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -87,7 +87,7 @@ class Entry:
         left = self.nbytes
         with self._at_start() as file:
             while left:
-                chunk = file.read(min(left, CHUNK_BYTES))
+                chunk = file.read(min(left, PART_BYTES))
                 left -= self._whole(len(chunk))
                 yield chunk
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from peftcli.files import explained
 
 PART_BYTES = 1 << 23
-"""How much is written and read back at a time."""
+"""How much is read, written and read back at a time."""
 
 
 RANKED = (

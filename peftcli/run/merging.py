@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 CPU = torch.device("cpu")
 BASES = ("dequantised", "original")
 """What an adapter that was trained on a packed base can be merged into."""
-PROOFS = ("layers", "logits")
-"""What is compared: each adapted layer on random inputs as it is merged, or whole models on held-out samples."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +70,9 @@ def merge(
         dtype: The dtype to write; None keeps each weight's own.
         reporter: Where progress goes.
         overwrite: Replace what `target` holds.
-        verify: Which of `PROOFS`. The logits need two whole models in memory, one after the other; the layers take no
-            more than one of them. None: the layers, but the logits where the base is held packed, since what its layers
-            compute is decided by their kernels.
+        verify: What is compared: `layers`, each adapted one on random inputs as it is merged, or `logits`, of whole
+            models on held-out samples, too, which needs two of them in memory, one after the other. None: the layers,
+            but the logits where the base is held packed, since what its layers compute is decided by their kernels.
 
     Raises:
         RecipeError: The method has no merged form.

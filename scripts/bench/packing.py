@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import copy
 import statistics
-import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +31,7 @@ PADDED, GROUPED, MASKED, JOINED, PACKED = (
     "joined, sample by sample",
     "packed, sample by sample",
 )
+LAYOUTS = (PADDED, GROUPED, MASKED, JOINED, PACKED)
 
 
 def run(options: Options) -> list[Table]:
@@ -53,51 +53,45 @@ def table(title: str, lengths: Lengths, capacity: int, options: Options) -> Tabl
     """Returns the layouts' figures for samples of these lengths."""
     model = methods.ours("lora", methods.ALL_LINEAR)(methods.llama(small=options.smoke))
     rounds = 1 if options.smoke else 3 * options.rounds
-    steps = {name: step(copy.deepcopy(model), name, lengths, capacity) for name in (*LAYOUTS,)}
-    speeds: dict[str, list[float]] = {name: [] for name in steps}
-    slots: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(rounds + 1):
-        timing.log(f"round {number} of {rounds}")
-        for name, one in steps.items():
-            started = time.perf_counter()
-            tokens, size = one(number)
-            if number:
-                speeds[name].append(tokens / (time.perf_counter() - started))
-                slots[name].append(tokens / size)
+    sizes: dict[str, list[tuple[int, int]]] = {name: [] for name in LAYOUTS}
+    steps = {name: step(copy.deepcopy(model), name, lengths, capacity, sizes[name]) for name in LAYOUTS}
+    timing.log(f"{title}: {rounds} rounds")
+    seconds = timing.interleaved(steps, rounds)
+    measured = {name: sizes[name][-rounds:] for name in LAYOUTS}
+    speeds = {
+        name: [tokens / taken for (tokens, _), taken in zip(measured[name], seconds[name], strict=True)]
+        for name in LAYOUTS
+    }
     rows: dict[str, dict[str, Cell]] = {
         name: {
             "tokens a second": statistics.median(speeds[name]),
             "ratio": statistics.median(a / b for a, b in zip(speeds[name], speeds[PADDED], strict=True)),
-            "slots filled": statistics.mean(slots[name]),
+            "slots filled": statistics.mean(tokens / slots for tokens, slots in measured[name]),
         }
-        for name in steps
+        for name in LAYOUTS
     }
     return Table(title, rows, (f"Medians of {rounds} interleaved rounds. Packs hold {capacity} tokens.",))
 
 
-LAYOUTS = (PADDED, GROUPED, MASKED, JOINED, PACKED)
-
-
-def step(model: object, layout: str, lengths: Lengths, capacity: int) -> Callable[[int], tuple[int, int]]:
-    """Returns what trains one step and says how many tokens it held, and how many slots."""
+def step(model: Any, layout: str, lengths: Lengths, capacity: int, sizes: list[tuple[int, int]]) -> Callable[[], None]:
+    """Returns what trains the next step, and adds to `sizes` how many tokens it held, and how many slots."""
     import torch
 
     from peftcli import attention
     from peftcli.training import loss
 
-    trained: torch.nn.Module = model  # type: ignore[assignment]
     if layout in (JOINED, PACKED):
-        attention.use(trained, torch.device("cpu"))  # type: ignore[arg-type]
+        attention.use(model, torch.device("cpu"))
     plan, batches = layout_of(layout, lengths, capacity)
-    optimizer = torch.optim.AdamW([one for one in trained.parameters() if one.requires_grad], lr=1e-4, fused=True)
+    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-4, fused=True)
 
-    def one(number: int) -> tuple[int, int]:
-        (indices,) = plan.step(number)
+    def one() -> None:
+        (indices,) = plan.step(len(sizes))
         batch = batches.batch(indices)
-        loss.score(trained, batch).loss.backward()
+        loss.score(model, batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return batch.num_tokens, batch.input_ids.numel()
+        sizes.append((batch.num_tokens, batch.input_ids.numel()))
 
     return one
 
