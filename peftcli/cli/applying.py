@@ -65,7 +65,7 @@ def merge(
     verify: Annotated[
         str | None,
         typer.Option(
-            help="What is compared: layers, each as it is merged, in the memory of one; or logits, of whole models too. "
+            help="What is compared: layers, each as it is merged, in the memory of one; or whole models' logits, too. "
             "Left out: layers, and for a quantised base logits."
         ),
     ] = None,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peftcli.data.formats import BadRow, checked_text
 from peftcli.data.readers import type_name
@@ -37,13 +37,20 @@ class Chat:
 
 
 @dataclass(frozen=True)
-class _Turn:
+class Turn:
     """A conversation up to and including one answer, which is `text[start:end]`; `marked` if something ends it."""
 
     text: str
     start: int
     end: int
     marked: bool
+
+
+class Frame(NamedTuple):
+    """What a template writes before and after the last message's content."""
+
+    head: str
+    tail: str
 
 
 def messages_of(row: Row) -> list[Message]:
@@ -123,24 +130,42 @@ def render_answers(
 ) -> list[Chat]:
     """Returns the conversation with its answers marked: one sample, or one for each answer.
 
-    Several are needed where the template rewrites earlier turns (Qwen3 drops their thinking): each answer is then
-    learnt in the very text that inference would have shown the model.
-
     Args:
         messages: Checked messages; what comes after the last answer is left out.
         tokenizer: Has a chat template.
         marks: Matches the tokenizer's special tokens, see `special_tokens`.
         tools: The row's tools, for the template.
+
+    Raises:
+        BadRow: The template refuses the messages, or leaves an answer out.
     """
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    turns = [_turn(messages[: i + 1], tokenizer, marks, tools) for i in answers]
+    turns = []
+    for upto in answer_ends(messages):
+        prefix = render(messages[: upto - 1], tokenizer, prompt=True, tools=tools)
+        text = render(messages[:upto], tokenizer, tools=tools)
+        frame = find_frame(messages[:upto], text, tokenizer, tools)
+        turns.append(find_turn(messages[upto - 1], prefix, text, frame, marks))
+    return chats_of(turns, tokenizer)
+
+
+def answer_ends(messages: Sequence[Message]) -> list[int]:
+    """Returns how many messages there are up to and including each answer."""
+    return [i + 1 for i, message in enumerate(messages) if message["role"] == "assistant"]
+
+
+def chats_of(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> list[Chat]:
+    """Returns a conversation's turns as one sample, or as one for each answer.
+
+    Several are needed where the template rewrites earlier turns (Qwen3 drops their thinking): each answer is then
+    learnt in the very text that inference would have shown the model.
+    """
     last = turns[-1]
     if all(last.text.startswith(turn.text[: turn.end]) for turn in turns):
         return [_chat(last, [(turn.start, turn.end) for turn in turns], tokenizer)]
     return [_chat(turn, [(turn.start, turn.end)], tokenizer) for turn in turns]
 
 
-def _chat(turn: _Turn, spans: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase) -> Chat:
+def _chat(turn: Turn, spans: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase) -> Chat:
     """Returns the sample that ends with `turn`; its end is marked with EOS where the template marks none."""
     if turn.marked:
         return Chat(turn.text, tuple(spans))
@@ -148,27 +173,53 @@ def _chat(turn: _Turn, spans: list[tuple[int, int]], tokenizer: PreTrainedTokeni
     return Chat(text, (*spans[:-1], (turn.start, len(text))))
 
 
-def _turn(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, marks: re.Pattern[str], tools: Any) -> _Turn:
-    """Returns the rendered conversation with its last message, an answer, found in it."""
+def find_frame(
+    messages: Sequence[Message], text: str, tokenizer: PreTrainedTokenizerBase, tools: Any = None
+) -> Frame | None:
+    """Returns what comes before and after the last message's content in `text`, the conversation rendered.
+
+    None where that is more than its content, or not its content as it is. Raises a BadRow like `render`.
+    """
     answer = messages[-1]
-    prefix = render(messages[:-1], tokenizer, prompt=True, tools=tools)
-    text = render(messages, tokenizer, tools=tools)
-    start = common_prefix(prefix, text)
-    stripped = len(text.rstrip())
+    if answer.get("tool_calls"):
+        return None
     probe = render([*messages[:-1], {**answer, "content": PROBE}], tokenizer, tools=tools)
     head, found, tail = probe.partition(PROBE)
-    bodies = (answer["content"], answer["content"].strip())
-    if answer.get("tool_calls") or not found or text not in [head + body + tail for body in bodies]:
+    fits = found and text in [head + body + tail for body in bodies(answer)]
+    return Frame(head, tail) if fits else None
+
+
+def bodies(answer: Message) -> tuple[str, str]:
+    """Returns an answer's content as templates write it: as it is, or without white space around it."""
+    return answer["content"], answer["content"].strip()
+
+
+def find_turn(answer: Message, prefix: str, text: str, frame: Frame | None, marks: re.Pattern[str]) -> Turn:
+    """Returns a conversation with its last message, an answer, found in it.
+
+    Args:
+        answer: The last message.
+        prefix: The messages before it, rendered with the generation prompt.
+        text: All messages, rendered.
+        frame: What is around the answer in `text`; None where that is not known.
+        marks: Matches the tokenizer's special tokens.
+
+    Raises:
+        BadRow: The answer is not in `text`.
+    """
+    start = common_prefix(prefix, text)
+    stripped = len(text.rstrip())
+    if frame is None:
         end = max(start, stripped)
         if not text[start:end].strip():
             raise BadRow("the model's chat template leaves this answer out")
-        return _Turn(text, start, end, any(match.end() == end for match in marks.finditer(text, start)))
-    content_end = len(text) - len(tail)
-    if answer.keys() <= {"role", "content"} and head[start:].strip():  # white space alone is for the model to write
-        start = len(head)
+        return Turn(text, start, end, any(match.end() == end for match in marks.finditer(text, start)))
+    content_end = len(text) - len(frame.tail)
+    if answer.keys() <= {"role", "content"} and frame.head[start:].strip():  # white space is for the model to write
+        start = len(frame.head)
     mark = marks.search(text, content_end)
     end = mark.end() if mark else max(content_end, stripped)
-    return _Turn(text, start, end, end > content_end)
+    return Turn(text, start, end, end > content_end)
 
 
 def common_prefix(a: Sequence[object], b: Sequence[object]) -> int:

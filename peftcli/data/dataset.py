@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -133,6 +133,26 @@ class EncodedDataset:
         for array in arrays:
             digest.update(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
         return digest.hexdigest()
+
+    @property
+    def num_supervised(self) -> npt.NDArray[np.int64]:
+        """How many tokens of each sample are supervised [N]."""
+        sums = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.supervised, dtype=np.int64)])
+        return np.diff(sums[self.offsets])
+
+    def cut(self, limit: int) -> EncodedDataset:
+        """Returns the samples with at most their first `limit` tokens; targets and token types stay as they are."""
+        lengths = self.lengths
+        if lengths.max(initial=0) <= limit:
+            return self
+        positions = np.arange(self.offsets[-1]) - np.repeat(self.offsets[:-1], lengths)
+        kept = positions < limit
+        offsets = np.cumsum([0, *np.minimum(lengths, limit).tolist()], dtype=np.int64)
+        return replace(self, input_ids=self.input_ids[kept], supervised=self.supervised[kept], offsets=offsets)
+
+    def select(self, indices: npt.NDArray[np.int64]) -> EncodedDataset:
+        """Returns the samples at `indices`, of which there may be none."""
+        return EncodedDataset.of([self[index] for index in indices.tolist()], self.goal)
 
     def __len__(self) -> int:
         """Returns the number of samples."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
-from peftcli.data.chat import Chat, check_template, messages_of, render_answers, special_tokens
+from peftcli.data.chat import Chat, check_template, messages_of
 from peftcli.data.dataset import EncodedDataset, EncodingReport, Sample
 from peftcli.data.formats import BadRow, Example, example, renamed
 from peftcli.data.labelled import (
@@ -23,8 +26,9 @@ from peftcli.data.labelled import (
 )
 from peftcli.data.meaning import Meaning
 from peftcli.data.readers import MAX_PROBLEMS, type_name
+from peftcli.data.rendering import Conversation, Renderer
 from peftcli.data.rows import Row, Rows
-from peftcli.data.tokenization import Tokenized, encode_chats, encode_examples
+from peftcli.data.tokenization import Chunk, encode_chats, encode_examples
 from peftcli.errors import DataError, ModelError, Problem
 
 if TYPE_CHECKING:
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
     from peftcli.recipe.schema import DataSection
 
 CHUNK_ROWS = 512  # enough for the tokenizer to use all cores, little enough to hold as Python lists
+AHEAD = 2  # chunks that are read and rendered while the tokenizer is at work on another
 SHOWN_TOKENS = 48
 Item = Chat | Example | LabelledText | TaggedWords
 
@@ -74,8 +79,7 @@ def encode(
         ModelError: The tokenizer makes ids that the model does not have, or lacks what the format needs.
     """
     encoder = _Encoder(rows, form, data, tokenizer, vocab_size, meaning or Meaning())
-    parts = [encoder.chunk(range(at, min(at + CHUNK_ROWS, len(rows)))) for at in range(0, len(rows), CHUNK_ROWS)]
-    return encoder.finish(EncodedDataset.join(parts))
+    return encoder.finish(EncodedDataset.join(list(encoder.chunks())))
 
 
 class _Encoder:
@@ -95,45 +99,71 @@ class _Encoder:
         self.rows, self.form, self.data, self.meaning = rows, form, data, meaning
         self.tokenizer, self.vocab_size = tokenizer, vocab_size
         self.paired = data.columns.get("text_pair", "text_pair") in rows.columns
-        self.marks = special_tokens(tokenizer)
+        self.renderer = Renderer(tokenizer)
         self.tally = _Tally()
 
-    def chunk(self, indices: Sequence[int]) -> EncodedDataset:
-        """Returns the samples of some rows; none once a row was bad, from when on rows are only checked."""
+    def chunks(self) -> Iterator[EncodedDataset]:
+        """Yields the samples of all rows, some rows at a time; none once a row was bad, from when on rows are checked.
+
+        The tokenizer, which needs no Python while it works, is always one chunk behind what reads and renders.
+        """
+        behind: deque[tuple[Future[Chunk | None], list[tuple[int, int]]]] = deque()
+        with ThreadPoolExecutor(1, "tokenizer") as thread:
+            for at in range(0, len(self.rows), CHUNK_ROWS):
+                if len(self.tally.problems) < MAX_PROBLEMS:
+                    items, origins = self._items(range(at, min(at + CHUNK_ROWS, len(self.rows))))
+                    behind.append((thread.submit(self._tokenize, [] if self.tally.problems else items), origins))
+                while len(behind) > AHEAD:
+                    yield from self._done(*behind.popleft())
+            while behind:
+                yield from self._done(*behind.popleft())
+
+    def _done(self, waited: Future[Chunk | None], origins: list[tuple[int, int]]) -> Iterator[EncodedDataset]:
+        """Yields the samples of one chunk, within the recipe's limits."""
+        chunk = waited.result()
+        if chunk is not None and not self.tally.problems:
+            yield self._fit(chunk, origins)
+
+    def _items(self, indices: Sequence[int]) -> tuple[list[Item], list[tuple[int, int]]]:
+        """Returns what rows say, and of each part its row and the number of its task.
+
+        A row that is bad gives nothing, and a problem in the tally.
+        """
         items: list[Item] = []
         origins: list[tuple[int, int]] = []
-        if len(self.tally.problems) < MAX_PROBLEMS:
-            for index, row in zip(indices, self.rows.take(indices), strict=True):
-                found, task = self._items(row, index)
-                items += found
-                origins += [(index, task)] * len(found)
-        if self.tally.problems:
-            return EncodedDataset.of([], self.meaning.goal)
-        kept = [self._fit(one, *origin) for one, origin in zip(self._tokenize(items), origins, strict=True)]
-        return EncodedDataset.of([sample for sample in kept if sample is not None], self.meaning.goal)
+        kept: list[tuple[int, int, Item | Conversation]] = []
+        bad: dict[int, BadRow] = {}
+        for index, row in zip(indices, self.rows.take(indices), strict=True):
+            try:
+                named = renamed(row, self.data.columns)
+                kept.append((index, self.meaning.task_number(named), self._read(named)))
+            except BadRow as error:
+                bad[index] = error
+        chats = iter(self.renderer.answers([one for _, _, one in kept if isinstance(one, Conversation)]))
+        for index, task, one in kept:
+            found = next(chats) if isinstance(one, Conversation) else [one]
+            if isinstance(found, BadRow):
+                bad[index] = found
+                continue
+            items += found
+            origins += [(index, task)] * len(found)
+        for index in sorted(bad):
+            self.tally.problems.append(Problem(str(bad[index]), self.rows.where(index), bad[index].hint))
+        return items, origins
 
-    def _items(self, row: Row, index: int) -> tuple[Sequence[Item], int]:
-        """Returns what one row says and its task's number; nothing, and a problem in the tally, if it is bad."""
-        try:
-            row = renamed(row, self.data.columns)
-            return self._read(row), self.meaning.task_number(row)
-        except BadRow as bad:
-            self.tally.problems.append(Problem(str(bad), self.rows.where(index), bad.hint))
-            return [], 0
-
-    def _read(self, row: Row) -> Sequence[Item]:
+    def _read(self, row: Row) -> Item | Conversation:
         labels = self.meaning.labels
         if labels is not None and self.form == "classification":
-            return [labelled_text(row, labels, paired=self.paired)]
+            return labelled_text(row, labels, paired=self.paired)
         if labels is not None and self.form == "token-classification":
-            return [tagged_words(row, labels)]
+            return tagged_words(row, labels)
         if self.form == "messages":
-            return render_answers(messages_of(row), self.tokenizer, self.marks, _tools(row))
-        return [example(row, self.form)]
+            return Conversation(messages_of(row), _tools(row))
+        return example(row, self.form)
 
-    def _tokenize(self, items: Sequence[Item]) -> list[Tokenized]:
-        """Returns the items as ids and what is learned of them; all are of one kind."""
-        on_all, limit = self.data.train_on == "all", self.data.max_length
+    def _tokenize(self, items: Sequence[Item]) -> Chunk | None:
+        """Returns the items as ids and what is learned of them; all are of one kind. None where there is none."""
+        on_all, limit, goal = self.data.train_on == "all", self.data.max_length, self.meaning.goal
         chats = [item for item in items if isinstance(item, Chat)]
         examples = [item for item in items if isinstance(item, Example)]
         labelled = [item for item in items if isinstance(item, LabelledText)]
@@ -141,46 +171,58 @@ class _Encoder:
         if chats:
             return encode_chats(chats, self.tokenizer, train_on_all=on_all)
         if labelled:
-            return encode_labelled(labelled, self.tokenizer, limit)
+            return Chunk.of(encode_labelled(labelled, self.tokenizer, limit), goal)
         if tagged:
-            return encode_words(tagged, self.tokenizer, limit)
-        if examples and self.meaning.goal == "answer":
-            return encode_answers(examples, self.tokenizer, limit)
-        return encode_examples(examples, self.tokenizer, train_on_all=on_all) if examples else []
+            return Chunk.of(encode_words(tagged, self.tokenizer, limit), goal)
+        if examples and goal == "answer":
+            return Chunk.of(encode_answers(examples, self.tokenizer, limit), goal)
+        return encode_examples(examples, self.tokenizer, train_on_all=on_all) if examples else None
 
-    def _fit(self, one: Tokenized, index: int, task: int) -> Sample | None:
-        """Returns the sample within `data.max_length`, or None where it is dropped."""
-        sample, limit, tally = one.sample, self.data.max_length, self.tally
-        self._check_ids(sample, index)
-        tally.longest = max(tally.longest, one.length)
-        tally.straddling += one.straddles
-        tally.wordless += one.wordless
-        if one.length > limit and self.data.overlong == "error":
-            problem = f"{one.length:,} tokens, but data.max_length is {limit:,} and data.overlong is error"
+    def _fit(self, chunk: Chunk, origins: Sequence[tuple[int, int]]) -> EncodedDataset:
+        """Returns the samples of a chunk that stay, within `data.max_length`, each with its task."""
+        limit, tally = self.data.max_length, self.tally
+        samples = replace(chunk.samples, tasks=_tasks([task for _, task in origins]))
+        self._check_ids(samples, origins)
+        tally.longest = max(tally.longest, int(chunk.lengths.max(initial=0)))
+        tally.straddling += chunk.straddling
+        tally.wordless += chunk.wordless
+        overlong = chunk.lengths > limit
+        if self.data.overlong == "error":
             hint = "raise data.max_length, or set data.overlong to truncate or drop"
-            self.tally.problems.append(Problem(problem, self.rows.where(index), hint))
-        if one.length > limit and self.data.overlong == "drop":
-            tally.dropped_overlong += 1
-            return None
-        if self.meaning.goal in ("next-token", "token") and not sample.supervised[:limit].any():
-            tally.dropped_unsupervised += 1
-            tally.lost = tally.lost or (self.rows.where(index), sample)
-            return None
-        tally.truncated += one.length > limit
-        return sample._replace(input_ids=sample.input_ids[:limit], supervised=sample.supervised[:limit], task=task)
+            for at in np.flatnonzero(overlong).tolist():
+                problem = f"{chunk.lengths[at]:,} tokens, but data.max_length is {limit:,} and data.overlong is error"
+                tally.problems.append(Problem(problem, self.rows.where(origins[at][0]), hint))
+        dropped = overlong if self.data.overlong == "drop" else np.zeros(len(samples), np.bool_)
+        cut = samples.cut(limit)
+        if self.meaning.goal in ("next-token", "token"):
+            empty = ~dropped & (cut.num_supervised == 0)
+            tally.dropped_unsupervised += int(empty.sum())
+            for at in np.flatnonzero(empty)[: tally.lost is None].tolist():
+                tally.lost = (self.rows.where(origins[at][0]), samples[at])
+        else:
+            empty = np.zeros(len(samples), np.bool_)
+        tally.dropped_overlong += int(dropped.sum())
+        tally.truncated += int((overlong & ~dropped & ~empty).sum())
+        return cut if not (dropped | empty).any() else cut.select(np.flatnonzero(~(dropped | empty)))
 
-    def _check_ids(self, sample: Sample, index: int) -> None:
+    def _check_ids(self, samples: EncodedDataset, origins: Sequence[tuple[int, int]]) -> None:
         """Raises a ModelError where the tokenizer has more tokens than the model."""
-        highest = int(sample.input_ids.max(initial=0))
-        if self.meaning.goal == "answer" and sample.target is not None:
-            highest = max(highest, int(sample.target.max(initial=0)))
-        if highest >= self.vocab_size:
-            token = self.tokenizer.convert_ids_to_tokens(highest)
-            raise ModelError(
-                f'the tokenizer makes id {highest} ("{token}"), but the model\'s embedding has {self.vocab_size} rows',
-                where=self.rows.where(index),
-                hint="tokenizer and model do not belong together, or tokens were added to only one of them",
-            )
+        targets = samples.targets.values if self.meaning.goal == "answer" and samples.targets is not None else None
+        highest = int(samples.input_ids.max(initial=0))
+        if max(highest, 0 if targets is None else int(targets.max(initial=0))) < self.vocab_size:
+            return
+        for sample, (index, _) in zip(samples, origins, strict=True):
+            highest = int(sample.input_ids.max(initial=0))
+            if targets is not None and sample.target is not None:
+                highest = max(highest, int(sample.target.max(initial=0)))
+            if highest >= self.vocab_size:
+                token = self.tokenizer.convert_ids_to_tokens(highest)
+                rows = f"the model's embedding has {self.vocab_size} rows"
+                raise ModelError(
+                    f'the tokenizer makes id {highest} ("{token}"), but {rows}',
+                    where=self.rows.where(index),
+                    hint="tokenizer and model do not belong together, or tokens were added to only one of them",
+                )
 
     def finish(self, dataset: EncodedDataset) -> tuple[EncodedDataset, EncodingReport]:
         """Returns the dataset with its report, or raises what is wrong with it."""
@@ -230,6 +272,11 @@ class _Encoder:
         else:
             why, hint = "the tokenizer has no tokens for its answer", "check that the tokenizer is the model's"
         return DataError(f"{start}{tokens}; {why}", where=where, hint=hint)
+
+
+def _tasks(numbers: list[int]) -> npt.NDArray[np.int32] | None:
+    """Returns each sample's task; None where all have number 0."""
+    return np.array(numbers, np.int32) if any(numbers) else None
 
 
 def _num_supervised(dataset: EncodedDataset) -> int:

@@ -178,6 +178,8 @@ def _guess(form: Format, found: list[str]) -> dict[str, str]:
 
 def renamed(row: Row, columns: Mapping[str, str]) -> Row:
     """Returns a row under the names that the formats read."""
+    if not columns:
+        return row
     taken = {name: value for name, value in row.items() if name not in columns.values()}
     return taken | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from peftcli.data.chat import Chat, common_prefix, end_of_text
-from peftcli.data.dataset import Ids, Mask, Sample
+from peftcli.data.dataset import EncodedDataset, Goal, Sample
 from peftcli.data.formats import Example
 
 if TYPE_CHECKING:
@@ -38,9 +39,34 @@ class Tokenized:
     wordless: int = 0
 
 
-def encode_examples(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, train_on_all: bool
-) -> list[Tokenized]:
+@dataclass(frozen=True)
+class Chunk:
+    """The samples of some rows, and what is to be known of how they came about.
+
+    Attributes:
+        samples: Their tokens, as in `Tokenized`.
+        lengths: How many tokens each had before anything was cut [N].
+        straddling: How many have a token that covers both prompt and answer.
+        wordless: Words of which the tokenizer makes no token.
+    """
+
+    samples: EncodedDataset
+    lengths: npt.NDArray[np.int64]
+    straddling: int = 0
+    wordless: int = 0
+
+    @classmethod
+    def of(cls, encoded: Sequence[Tokenized], goal: Goal) -> Chunk:
+        """Returns samples that were made one by one as a chunk."""
+        return cls(
+            EncodedDataset.of([one.sample for one in encoded], goal),
+            np.array([one.length for one in encoded], np.int64),
+            sum(one.straddles for one in encoded),
+            sum(one.wordless for one in encoded),
+        )
+
+
+def encode_examples(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, train_on_all: bool) -> Chunk:
     """Returns prompt and answer as one sequence that ends in EOS, supervised after the prompt.
 
     The prompt ends where the ids of prompt and answer together stop being the ids of the prompt alone: a token that
@@ -48,44 +74,63 @@ def encode_examples(
     Text without a prompt is supervised throughout.
     """
     end_of_text(tokenizer)
-    prompts = tokenize([example.prompt for example in examples], tokenizer)
+    eos = tokenizer.eos_token_id
+    distinct = {example.prompt: index for index, example in enumerate(examples)}
+    prompts = dict(zip(distinct, tokenize(list(distinct), tokenizer), strict=True))
     wholes = tokenize([example.prompt + example.answer for example in examples], tokenizer)
-    encoded = []
-    for example, prompt, whole in zip(examples, prompts, wholes, strict=True):
-        ids = whole if whole[-1:] == [tokenizer.eos_token_id] else [*whole, tokenizer.eos_token_id]
+    givens, straddling = [], 0
+    for example, ids in zip(examples, wholes, strict=True):
+        if ids[-1:] != [eos]:
+            ids.append(eos)
+        prompt = prompts[example.prompt]
         given = common_prefix(prompt, ids)
-        straddles = bool(example.prompt) and given < len(_without_end(prompt, tokenizer))
-        mask = np.ones(len(ids), np.uint8)
-        mask[: 0 if train_on_all else given] = 0
-        encoded.append(Tokenized(_sample(np.array(ids, np.int32), mask), len(ids), straddles))
-    return encoded
+        straddling += bool(example.prompt) and given < len(prompt) - (prompt[-1:] == [eos])
+        givens.append(0 if train_on_all else given)
+    offsets = np.cumsum([0, *map(len, wholes)], dtype=np.int64)
+    lengths = np.diff(offsets)
+    positions = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
+    mask = positions >= np.repeat(np.array(givens, np.int64), lengths)
+    return Chunk(_dataset(wholes, mask, offsets), lengths, straddling)
 
 
-def encode_chats(chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase, *, train_on_all: bool) -> list[Tokenized]:
+def encode_chats(chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase, *, train_on_all: bool) -> Chunk:
     """Returns rendered chats as ids, supervised where a token covers any character of an answer."""
     batch = tokenizer(
         [chat.text for chat in chats],
         add_special_tokens=False,  # the template has written them
-        return_offsets_mapping=True,
         return_attention_mask=False,
         return_token_type_ids=False,
         verbose=False,
     )
-    pairs: list[tuple[list[int], list[tuple[int, int]]]] = list(
-        zip(batch["input_ids"], batch["offset_mapping"], strict=True)
-    )
-    encoded = []
-    for chat, (ids, offsets) in zip(chats, pairs, strict=True):
-        spans = ((0, len(chat.text)),) if train_on_all else chat.spans
-        mask = _mask_of_spans(np.array(offsets, np.int64).reshape(-1, 2), spans)
-        encoded.append(Tokenized(_sample(np.array(ids, np.int32), mask), len(ids)))
-    return encoded
+    assert batch.encodings is not None, "`chat.check_template` refuses tokenizers that do not know offsets"
+    ids: Any = batch["input_ids"]
+    ends = np.fromiter((end for one in batch.encodings for _, end in one.offsets), np.int64)
+    offsets = np.cumsum([0, *map(len, ids)], dtype=np.int64)
+    # All texts in a line, each a character apart from the next, so that a character's number says whose it is.
+    begins = np.cumsum([0, *(len(chat.text) + 1 for chat in chats)], dtype=np.int64)[:-1]
+    spans = [((0, len(chat.text)),) if train_on_all else chat.spans for chat in chats]
+    pairs = [
+        (begin + start, begin + end) for begin, some in zip(begins.tolist(), spans, strict=True) for start, end in some
+    ]
+    mask = _mask_of_spans(ends, np.array(pairs, np.int64).reshape(-1, 2), begins, offsets)
+    return Chunk(_dataset(ids, mask, offsets), np.diff(offsets))
+
+
+def _dataset(
+    ids: Sequence[Sequence[int]], mask: npt.NDArray[np.bool_], offsets: npt.NDArray[np.int64]
+) -> EncodedDataset:
+    """Returns the samples; nothing comes before the first token of one, so that one cannot be predicted."""
+    flat = np.fromiter(chain.from_iterable(ids), np.int32, int(offsets[-1]))
+    supervised = mask.astype(np.uint8)
+    supervised[offsets[:-1][np.diff(offsets) > 0]] = 0
+    return EncodedDataset(flat, supervised, offsets)
 
 
 def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Returns the ids of each text, with the special tokens that the tokenizer adds by itself, but never two BOS."""
     batch: Any = tokenizer(list(texts), return_attention_mask=False, return_token_type_ids=False, verbose=False)
-    return [without_second_bos(ids, tokenizer) for ids in batch["input_ids"]]
+    bos = tokenizer.bos_token_id
+    return [ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids for ids in batch["input_ids"]]
 
 
 def without_second_bos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -94,31 +139,38 @@ def without_second_bos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> li
     return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 
 
-def _without_end(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Returns ids without an EOS that the tokenizer has added to them."""
-    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
-
-
-def _mask_of_spans(offsets: npt.NDArray[np.int64], spans: Sequence[tuple[int, int]]) -> Mask:
-    """Returns 1 for each token [L] that covers a character of one of the spans.
+def _mask_of_spans(
+    ends: npt.NDArray[np.int64],
+    spans: npt.NDArray[np.int64],
+    begins: npt.NDArray[np.int64],
+    offsets: npt.NDArray[np.int64],
+) -> npt.NDArray[np.bool_]:
+    """Returns whether each of T tokens covers a character of one of the spans.
 
     A token is taken to start where the one before it ended: some tokenizers leave the white space of a token out of
-    its offsets [L, 2], and the token of a lone space would otherwise cover nothing. The later bytes of a character
-    that is split over several tokens have the offsets of the first, and its mask.
+    its offsets, and the token of a lone space would otherwise cover nothing. The later bytes of a character that is
+    split over several tokens have the offsets of the first, and its mask.
+
+    Args:
+        ends: Where each token ends in its own text [T].
+        spans: First character, and the one after the last, of each span in the line of all texts [S, 2].
+        begins: Where each text begins in that line [N].
+        offsets: Where each text's tokens start, and at last T [N + 1].
     """
-    if not len(offsets):
-        return np.zeros(0, np.uint8)
-    ends = np.maximum.accumulate(offsets[:, 1])
-    starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]])
-    mask = np.zeros(len(ends), np.bool_)
-    for start, end in spans:
-        mask |= (starts < end) & (ends > start)
-    covers = ends > starts
-    first_of_char = np.maximum.accumulate(np.where(covers, np.arange(len(ends)), 0))
-    return mask[first_of_char].astype(np.uint8)
-
-
-def _sample(ids: Ids, mask: Mask) -> Sample:
-    """Returns the sample; nothing comes before its first token, so that one cannot be predicted."""
-    mask[:1] = 0
-    return Sample(ids, mask)
+    if not len(ends) or not len(spans):
+        return np.zeros(len(ends), np.bool_)
+    lengths, full = np.diff(offsets), np.diff(offsets) > 0
+    first = offsets[:-1][full]
+    # Texts follow each other in the line, so that what was reached before never lies in the next one.
+    reached = np.maximum.accumulate(ends + np.repeat(begins, lengths))
+    starts = np.concatenate([np.zeros(1, np.int64), reached[:-1]])
+    starts[first] = begins[full]
+    order = np.argsort(spans[:, 0], kind="stable")
+    span_starts, span_ends = spans[order, 0], np.maximum.accumulate(spans[order, 1])
+    # The first span that ends after the token's start is the one that it covers, if it covers any.
+    index = np.searchsorted(span_ends, starts, side="right")
+    known = np.concatenate([span_starts, [np.iinfo(np.int64).max]])
+    mask = known[index] < reached
+    covers = np.where(reached > starts, np.arange(len(ends)), 0)
+    own_first = np.repeat(offsets[:-1], lengths)
+    return np.asarray(mask[np.maximum(np.maximum.accumulate(covers), own_first)])

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +19,13 @@ from peftcli.files import explained
 
 PART_BYTES = 1 << 23
 """How much is written and read back at a time."""
+
+
+RANKED = (
+    *("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"),
+    *("I16", "U16", "F16", "BF16", "I32", "U32", "F32", "C64", "F64", "I64", "U64"),
+)
+"""Dtypes in the order in which the library lists them, of widths that rise."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class TensorFile:
         self._path, self._descriptor = path, descriptor
         self._left = dict(forms)
         # As the library lays them out: the widest numbers first, so that each tensor begins at a multiple of its own.
-        order = sorted(forms, key=lambda name: (-_width(forms[name]), name))
+        order = sorted(forms, key=lambda name: (-_rank(forms[name].dtype), name))
         starts = dict(zip(order, accumulate((forms[name].nbytes for name in order), initial=0), strict=False))
         facts = {
             name: {
@@ -91,9 +97,9 @@ class TensorFile:
             os.fsync(self._descriptor)
 
 
-def _width(form: TensorForm) -> int:
-    """Returns how many bytes one number takes; 1 where several share one."""
-    return max(1, form.nbytes // max(1, math.prod(form.shape)))
+def _rank(dtype: str) -> int:
+    """Returns how late the library's list of dtypes has this one; one that is not known takes a byte or less."""
+    return RANKED.index(dtype) if dtype in RANKED else -1
 
 
 @contextlib.contextmanager
