@@ -54,7 +54,7 @@ class Workplace:
         return path
 
     def job(self, name, recipe, *overrides, resume=False, in_chunks=False):
-        """Returns what a worker is to train: `recipe`, into the folder `name`; the loss by two tokens if `in_chunks`."""
+        """Returns what a worker is to train: `recipe`, into the folder `name`; the loss by two tokens `in_chunks`."""
         changes = [f"output_dir={self.folder / name}", *overrides]
         return {"recipe": str(recipe), "overrides": changes, "resume": resume, "in_chunks": in_chunks}
 
