@@ -1,6 +1,7 @@
 """How much fits, found by the run itself, and what is said when it does not."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -52,11 +53,9 @@ def test_a_resumed_run_keeps_what_was_found(recipe_file, train, tmp_path, with_r
     with_room_for(4)
     path = recipe_file(method={"type": "lora", "r": 4, "dropout": 0.2}, training={**AUTO, "save_steps": 1})
     train(path, "output_dir=whole")
-    train(path, "output_dir=parts", "training.max_steps=3")
+    train(path, "output_dir=parts")
     for step in ("checkpoint-2", "checkpoint-3"):
-        for file in (tmp_path / "parts" / step).iterdir():
-            file.unlink()
-        (tmp_path / "parts" / step).rmdir()
+        shutil.rmtree(tmp_path / "parts" / step)
     with_room_for(100)  # by now there is more: it would draw other dropout
     train(path, "output_dir=parts", resume=True)
     assert cut_of(tmp_path / "parts") == (4, 4)
