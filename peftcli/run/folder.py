@@ -37,7 +37,7 @@ def open_folder(folder: Path, options: TrainOptions) -> Iterator[None]:
     """
     if folder.exists() and not folder.is_dir():
         raise HostError(f"output_dir: {folder} is a file", hint="choose another folder with output_dir=DIR")
-    taken = folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
+    taken = folder.is_dir() and any(_is_taken_by(path) for path in folder.iterdir())
     if taken and not (options.resume or options.overwrite):
         raise HostError(
             f"output_dir: {folder} exists and is not empty",
@@ -45,6 +45,7 @@ def open_folder(folder: Path, options: TrainOptions) -> Iterator[None]:
         )
     files.check_writable(folder)
     with files.locked(folder):
+        files.clear_temporary(folder, manifest.RUN_FILES)
         try:
             yield
         finally:
@@ -60,6 +61,11 @@ def with_batch_of_before(loaded: LoadedRecipe, folder: Path, options: TrainOptio
     if settings.micro_batch_size * settings.gradient_accumulation_steps % size:
         return loaded  # other steps than before, which is refused elsewhere
     return replace(loaded, recipe=loaded.recipe.model_copy(update={"training": settings.cut_into(size)}))
+
+
+def _is_taken_by(path: Path) -> bool:
+    """Returns whether a file is someone's: not hidden, and not what a run left that ended before its first file."""
+    return not path.name.startswith(".") and not path.name.endswith(files.TEMPORARY_SUFFIX)
 
 
 def checkpoint_for_all(

@@ -199,8 +199,8 @@ def _write_start(job: Job) -> None:
     settled = job.recipe.data.model_copy(update={"format": job.data.format})
     resolved = recipe.resolve_paths(job.recipe.model_copy(update={"data": settled}))
     files.write_text(job.folder / RECIPE_FILE, recipe.dump(resolved))
-    with files.explained(job.folder):
-        job.base.processor.save_pretrained(job.folder)
+    with files.staged(job.folder) as new, files.explained(job.folder):
+        job.base.processor.save_pretrained(new)
     write_meaning(job.folder, job.data.meaning)
 
 
@@ -301,7 +301,8 @@ def _write_end(job: Job, result: Result) -> dict[str, Any]:
     adapter = adapter_files.contents(job.model, job.origin)
     if not job.group.is_first:
         return {}
-    adapter_files.write_contents(job.folder, adapter)
+    with files.staged(job.folder) as new:
+        adapter_files.write_contents(new, adapter)
     facts = manifest.describe(
         job.folder, job.recipe, job.base.config, job.base.processor, job.base.revision, job.model, job.data, result
     )
