@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from pydantic import ValidationError
 
-from peftcli import data, inject, methods, models, recipe, targets
+from peftcli import data, inject, methods, models, recipe, startup, targets
 from peftcli.data.batching import Batcher, Batches
 from peftcli.data.meaning import Meaning
 from peftcli.errors import ModelError, PeftcliError, Problem, RecipeError
@@ -108,7 +108,9 @@ def open_base(
         own = recipe.ModelSection(name=str(tokenizer_from))
     where = source if own is section else models.ModelSource(own.name, True, {})
     quantization = held(packed, config, section.name)
-    return _with_padding(Base(section, source, config, load(own, where), known, (), quantization))
+    base = _with_padding(Base(section, source, config, load(own, where), known, (), quantization))
+    startup.done()  # transformers is in by now, which is the last large thing to import
+    return base
 
 
 def in_order_of(config: PretrainedConfig, meaning: Meaning) -> Meaning:

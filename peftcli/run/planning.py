@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftcli import inject, manifest, models
+from peftcli import inject, manifest, models, startup
 from peftcli.checkpoint.adapter import adapter_tensors
 from peftcli.errors import RecipeError
 from peftcli.recipe import LoadedRecipe
@@ -56,6 +56,7 @@ def plan(loaded: LoadedRecipe, reporter: Reporter) -> dict[str, Any]:
     note_stored(base_config, section.name, reporter)
     _set_labels(loaded, base_config, reporter)
     model = models.skeleton(base_config, section.task)
+    startup.done()
     try:
         check_quantization(loaded.recipe.quantization, model, method, config)
         how = held(loaded.recipe.quantization, base_config, section.name)
