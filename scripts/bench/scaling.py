@@ -68,7 +68,8 @@ def row(name: str, sizes: Sequence[int], rounds: int, *, small: bool) -> dict[st
     own = np.array([seconds[f"{size}"] for size in sizes])
     if kind != ALONE:
         own = own - np.array([seconds[f"alone at {size if what in CHANGE_THE_MODEL else sizes[0]}"] for size in sizes])
-    return {"sizes": " ".join(map(str, sizes)), **growth(sizes, own)}
+    largest = 1000 * float(np.median(seconds[f"{sizes[-1]}"]))
+    return {"sizes": " ".join(map(str, sizes)), "ms a step, last": largest, **growth(sizes, own)}
 
 
 def floors(what: str, sizes: Sequence[int]) -> Sequence[int]:
