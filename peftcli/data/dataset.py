@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -120,7 +121,7 @@ class EncodedDataset:
         """The number of tokens of each sample [N]."""
         return np.diff(self.offsets)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """A SHA-256 of all that training would see, targets and tasks too: equal exactly if that is the same."""
         digest = hashlib.sha256()
