@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from peftcli import __version__, processes
+from peftcli import __version__, processes, startup
 from peftcli.cli import applying, console, reference, training
 from peftcli.cli.secrets import redacted
 from peftcli.errors import EXIT_BUG, EXIT_INTERRUPTED_TWICE, PeftcliError
@@ -59,6 +59,7 @@ def options(
 
 def main() -> NoReturn:
     """Runs the command line and exits with the code that says how it went."""
+    startup.begin()
     try:
         app(standalone_mode=True)
     except PeftcliError as error:

@@ -121,7 +121,12 @@ def _totals(facts: dict[str, Any]) -> list[list[str]]:
         if facts[key]:
             rows += [[f"  {name}", f"{facts[key]:,}"], [f"  less those {name}", f"{trainable - facts[key]:,}"]]
     rows += [["base model", f"{facts['base_params']:,}"], ["all", f"{facts['total_params']:,}"]]
-    return [*rows, ["adapter on disk", f"{facts['adapter_bytes'] / 1e6:,.2f} MB"]]
+    sizes = {
+        "adapter on disk": "adapter_bytes",
+        "base weights in memory": "base_bytes",
+        "what trains, gradients, moments": "training_bytes",
+    }
+    return [*rows, *([name, f"{facts[key] / 1e6:,.2f} MB"] for name, key in sizes.items())]
 
 
 def validate(

@@ -154,7 +154,8 @@ def _copy_rest(base: Path, target: Path, dtype: torch.dtype | None, changes: Map
     for path in sorted(base.iterdir()):
         skipped = path.suffix in NOT_COPIED or path.name == INDEX_FILE or path.name.startswith(".")
         if path.is_file() and not skipped:
-            shutil.copyfile(path, target / path.name)
+            with files.explained(target):
+                shutil.copyfile(path, target / path.name)
     config: dict[str, Any] = json.loads((target / "config.json").read_text(encoding="utf-8"))
     config.pop("quantization_config", None)  # nothing is packed in it
     if dtype is not None:

@@ -173,6 +173,9 @@ class DataSection(Section):
 OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "lion_8bit", "adafactor", "sgd"]
 
 
+DEFAULT_BATCH_SIZE = 8
+
+
 class TrainingSection(Section):
     """How to train."""
 
@@ -180,7 +183,11 @@ class TrainingSection(Section):
     max_steps: int | None = Field(
         default=None, gt=0, description="Optimizer steps to train for, instead of num_train_epochs."
     )
-    per_device_train_batch_size: int = Field(default=8, gt=0, description="Examples per device in one forward pass.")
+    per_device_train_batch_size: Literal["auto"] | Annotated[int, Field(gt=0)] = Field(
+        default=DEFAULT_BATCH_SIZE,
+        description="Examples per device in one forward pass. auto: of the 8 x gradient_accumulation_steps examples of "
+        "a step as many as fit into memory; the rest follows in further passes, so what is learned is the same.",
+    )
     per_device_eval_batch_size: int = Field(default=8, gt=0, description="Examples per device in one evaluation pass.")
     gradient_accumulation_steps: int = Field(
         default=1, gt=0, description="Passes per optimizer step: multiplies the batch without its memory."
@@ -261,6 +268,18 @@ class TrainingSection(Section):
     seed: int = Field(
         default=42, ge=0, lt=2**32, description="Seed of everything random: adapter, data order, dropout."
     )
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Examples per device in one forward pass; the most that it can be while that is still `auto`."""
+        size = self.per_device_train_batch_size
+        return DEFAULT_BATCH_SIZE if size == "auto" else size
+
+    def cut_into(self, size: int) -> TrainingSection:
+        """Returns the same with a step's examples passed `size` at a time, which must divide them."""
+        rounds, rest = divmod(self.micro_batch_size * self.gradient_accumulation_steps, size)
+        assert not rest
+        return self.model_copy(update={"per_device_train_batch_size": size, "gradient_accumulation_steps": rounds})
 
     @model_validator(mode="before")
     @classmethod

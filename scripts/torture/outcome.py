@@ -51,6 +51,11 @@ class Outcome:
     rows: dict[str, dict[str, Cell]] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
 
+    def count(self, row: str, *columns: str) -> None:
+        """Adds one to each of these columns of a row; an empty name is none of them."""
+        for column in filter(None, columns):
+            self.rows[row][column] = int(self.rows[row].get(column) or 0) + 1
+
     def sum_up(self, summed: tuple[str, ...]) -> None:
         """Adds a row `all` with the sums of the columns named."""
         rows = [row for name, row in self.rows.items() if name != "all"]

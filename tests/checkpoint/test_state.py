@@ -325,13 +325,37 @@ def test_when_all_are_damaged_all_are_told(saved):
     assert [remark.partition(" ")[0] for remark in remarks] == ["checkpoint-10", "checkpoint-5", "checkpoint-2"]
 
 
-def test_a_second_damage_of_the_same_step_replaces_the_first(saved):
+def test_what_is_damaged_is_never_removed(saved):
     run, folder = saved
-    for text in ("first", "second"):
-        (folder / WEIGHTS_FILE).write_text(text)
-        assert len(newest_is(run, None)) == 1
-        assert (folder.with_name("checkpoint-2.damaged") / WEIGHTS_FILE).read_text() == text
+    names = ["checkpoint-2.damaged", "checkpoint-2.damaged-2", "checkpoint-2.damaged-3"]
+    for name in names:
+        (folder / WEIGHTS_FILE).write_text(name)
+        (remark,) = newest_is(run, None)
+        assert remark.endswith(f"set aside as {name}")
         run.save()
+    state.rotate(run.folder, 1, set())
+    assert [(run.folder / name / WEIGHTS_FILE).read_text() for name in names] == names
+
+
+def test_a_checkpoint_under_another_ones_name_is_not_that_step(saved):
+    """All its files are whole: only the step that it is of tells it apart."""
+    run, folder = saved
+    folder.rename(run.folder / "checkpoint-5")
+    (remark,) = newest_is(run, None)
+    assert "checkpoint-5 is damaged (it is that of step 2)" in remark
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_checkpoint_is_not_loaded_whoever_asks(name, saved, make_run):
+    """The best one is loaded at a run's end without being the newest."""
+    _, folder = saved
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(flipped(content, len(content) // 2, 0))
+    with pytest.raises(ModelError, match=r"checkpoint-2 is damaged \("):
+        make_run().load(folder)
+    shutil.rmtree(folder)
+    with pytest.raises(ModelError, match=r"state\.json is missing"):
+        make_run().load(folder)
 
 
 # ---- which there are, and which are kept ----
