@@ -115,11 +115,9 @@ def render(
     Raises:
         BadRow: The template refuses them.
     """
-    import jinja2
-
     try:
         text = tokenizer.apply_chat_template(list(messages), tools=tools, add_generation_prompt=prompt, tokenize=False)
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+    except Exception as error:  # a template is a program, which the model's folder brings
         roles = ", ".join(message["role"] for message in messages)
         raise BadRow(f"the model's chat template refuses the turns {roles}: {error}") from error
     assert isinstance(text, str)
