@@ -36,7 +36,7 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     with explained(path):
         try:
-            _write(temporary, text.encode(), os.O_TRUNC)
+            _write_new(temporary, text.encode())
             sync_file(temporary)
             temporary.replace(path)
         except OSError:
@@ -52,8 +52,15 @@ def append_text(path: Path, text: str) -> None:
         _write(path, text.encode(), os.O_APPEND)
 
 
+def _write_new(path: Path, data: bytes) -> None:
+    """Writes a temporary file; a link in its place is removed, not followed."""
+    if path.is_symlink():
+        path.unlink()
+    _write(path, data, os.O_TRUNC)
+
+
 def _write(path: Path, data: bytes, flags: int) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | flags, 0o666)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | flags, 0o666)
     try:
         while data:
             data = data[os.write(descriptor, data) :]
@@ -116,10 +123,21 @@ def staged(folder: Path) -> Iterator[Path]:
             _sync_tree(temporary)
             for file in sorted(path for path in temporary.rglob("*") if path.is_file()):
                 target = folder / file.relative_to(temporary)
+                require_own(target.parent, folder)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 file.replace(target)
             sync_folder(folder)
             shutil.rmtree(temporary)
+
+
+def require_own(path: Path, folder: Path) -> None:
+    """Raises a HostError where a link stands between `folder` and `path`, which is in it: it may lead anywhere."""
+    with explained(path):
+        for one in (path, *path.parents):
+            if one == folder:
+                return
+            if one.is_symlink():
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
 
 
 @contextlib.contextmanager
@@ -127,20 +145,34 @@ def scratch_folder(path: Path) -> Iterator[Path]:
     """Yields an empty folder beside `path` that is gone when the block ends; after a crash, the next one removes it."""
     with _emptied(path, path.with_name(path.name + TEMPORARY_SUFFIX)) as temporary:
         yield temporary
-        shutil.rmtree(temporary, ignore_errors=True)
+        _discard(temporary)
 
 
 @contextlib.contextmanager
 def _emptied(path: Path, temporary: Path) -> Iterator[Path]:
     """Yields the new, empty folder `temporary`, for what is to be at `path`, and removes it when the block raises."""
     with explained(path):
-        shutil.rmtree(temporary, ignore_errors=True)
+        _discard(temporary)
         temporary.mkdir()
     try:
         yield temporary
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _discard(temporary)
         raise
+
+
+def _discard(path: Path) -> None:
+    """Removes a folder as far as that is possible; of a link, the link."""
+    with contextlib.suppress(OSError):
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Removes a file, a folder or a link, and nothing that a link leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync_tree(folder: Path) -> None:
@@ -153,8 +185,8 @@ def _sync_tree(folder: Path) -> None:
 def _replace_folder(temporary: Path, path: Path) -> None:
     """Renames `temporary` to `path`; an old `path` is moved away first, since it cannot be renamed over."""
     old = _old(path)
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
+    _discard(old)
+    if os.path.lexists(path):
         path.rename(old)
     try:
         temporary.rename(path)
@@ -163,7 +195,7 @@ def _replace_folder(temporary: Path, path: Path) -> None:
         if not path.exists():
             _restore(path)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    _discard(old)
 
 
 def _old(path: Path) -> Path:
@@ -172,15 +204,19 @@ def _old(path: Path) -> Path:
 
 def _restore(path: Path) -> None:
     """Puts back what a crash left between the two renames of a replacement."""
-    if _old(path).exists() and not path.exists():
-        _old(path).rename(path)
+    old = _old(path)
+    if old.exists() and not old.is_symlink() and not os.path.lexists(path):
+        old.rename(path)
 
 
 def remove_folder(path: Path) -> None:
-    """Removes a folder so that no half of it is ever seen."""
+    """Removes a folder so that no half of it is ever seen; of a link to one, the link."""
     with explained(path):
+        if path.is_symlink():
+            path.unlink()
+            return
         gone = path.with_name(path.name + TEMPORARY_SUFFIX)
-        shutil.rmtree(gone, ignore_errors=True)
+        _discard(gone)
         path.rename(gone)
         shutil.rmtree(gone)
 
@@ -228,7 +264,7 @@ def check_writable(folder: Path) -> None:
     probe = folder / (".write-test" + TEMPORARY_SUFFIX)
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"")
+        _write_new(probe, b"")
         probe.unlink()
 
 
@@ -251,6 +287,8 @@ def explained(path: Path) -> Iterator[None]:
 
 def _host_error(path: Path, what: str, number: int | None) -> HostError:
     hint = "choose another folder with output_dir=DIR, or change its permissions"
+    if number == errno.ELOOP:
+        what, hint = "it is a link to elsewhere", "remove the link, or choose another folder with output_dir=DIR"
     if number in (errno.ENOSPC, errno.EDQUOT):
         hint = "free some space or lower training.save_total_limit; what was saved before is intact"
     elif number == errno.EIO:
@@ -267,7 +305,7 @@ def locked(folder: Path) -> Iterator[None]:
     """
     path = folder / LOCK_FILE
     with explained(path):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
         with explained(path):
             try:
@@ -298,7 +336,7 @@ def clear_run(folder: Path, owned: Iterable[str]) -> None:
     with explained(folder):
         for pattern in owned:
             for path in folder.glob(pattern):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                _remove(path)
 
 
 def clear_temporary(folder: Path, owned: Iterable[str]) -> None:
@@ -308,7 +346,4 @@ def clear_temporary(folder: Path, owned: Iterable[str]) -> None:
             for path in (*folder.glob(name + _OLD_SUFFIX), *folder.glob(name + TEMPORARY_SUFFIX)):
                 if path.name.endswith(_OLD_SUFFIX):
                     _restore(path.with_name(path.name.removesuffix(_OLD_SUFFIX)))
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink(missing_ok=True)
+                _remove(path)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftcli import hub
+from peftcli import headers, hub, vetting
 from peftcli.errors import HostError, ModelError, RecipeError
 from peftcli.quantization import packable, stored_fields
 
@@ -121,6 +121,7 @@ def load_config(section: ModelSection, source: ModelSource) -> PretrainedConfig:
 
     with _explained(section, source, "configuration"):
         config: PretrainedConfig = AutoConfig.from_pretrained(source.name, **source.options)
+    vetting.check_config(config, section.name)
     if section.attn_implementation is not None:
         config._attn_implementation = section.attn_implementation
     return config
@@ -221,6 +222,7 @@ def load_model(
         if stored_fields(config):
             options |= {"config": _with_dense(config, stored_dense), "device_map": {"": device}}
     with _explained(section, source, "weights"), _quiet_loading():
+        _check_weights(section, source)
         loaded: Any = _model_class(section.task).from_pretrained(source.name, output_loading_info=True, **options)
     model, report = loaded
     misfits = {key: f"{key} {list(found)}, not {list(wanted)}" for key, found, wanted in report["mismatched_keys"]}
@@ -236,6 +238,32 @@ def load_model(
     _start(model, fresh, seed)
     placed: PreTrainedModel = model.to(device)
     return placed, fresh
+
+
+def _check_weights(section: ModelSection, source: ModelSource) -> None:
+    """Checks the weights' files before a loader reads them; of a hub model their index, as they are not here yet.
+
+    Raises:
+        OSError: A file cannot be read.
+        HeaderError: One is not what an honest program writes, or is no safetensors file.
+    """
+    if section.gguf_file is not None:
+        return
+    if source.is_local:
+        headers.check_weights(Path(source.name))
+        return
+    from transformers.utils.hub import cached_file
+
+    index = cached_file(
+        source.name,
+        headers.INDEX_FILE,
+        revision=section.revision,
+        local_files_only=bool(source.options.get("local_files_only")),
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if index is not None:
+        headers.read_index(Path(index))
 
 
 def stored_packed(skeleton: PreTrainedModel) -> list[str]:

@@ -22,8 +22,8 @@ LAYERS = (
     {"targets"},
     {"sites"},
     {"methods", "ops", "quantization", "architectures"},
-    {"recipe", "reporting", "hub", "processes", "startup"},
-    {"files"},
+    {"recipe", "reporting", "hub", "processes", "startup", "vetting"},
+    {"files", "headers"},
     {"errors", "__init__"},
 )
 """The parts from top to bottom. A part imports from its own layer or from one below, and never in a circle."""

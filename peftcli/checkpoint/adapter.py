@@ -19,13 +19,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from peftcli import files, inject, methods, sharding
+from peftcli import files, headers, inject, methods, sharding
+from peftcli.checkpoint import vouching
 from peftcli.errors import ModelError, PeftcliError
 from peftcli.methods._protocol import Method, MethodConfig, Site, Targets
 from peftcli.targets import is_under, task_heads
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = vouching.CONFIG_FILE
+WEIGHTS_FILE = vouching.WEIGHTS_FILE
 BASE_PREFIX = "base_model.model."
 """What comes before the name of a base parameter on file."""
 SHARED_PREFIX = "base_model."
@@ -44,6 +45,10 @@ INERT_FIELDS = {"auto_mapping", "fan_in_fan_out", "megatron_core", "qalora_group
 """Fields of PEFT's that change nothing about what an adapter computes once it is trained, whatever their value."""
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "eva_", "lora_ga", "mica")
 """Starts of `init_lora_weights` values whose adapters belong to a base that PEFT has altered, not to the one named."""
+
+
+# What comes of a value of another kind than a method's file has there.
+_MISREAD = (TypeError, ValueError, AttributeError, IndexError, OverflowError)
 
 
 @dataclass(frozen=True)
@@ -215,16 +220,26 @@ def read_adapter(folder: Path) -> Adapter:
     """Returns the adapter in `folder`.
 
     Raises:
-        ModelError: A file is missing or damaged, or asks for something that this version does not have.
+        ModelError: A file is missing, damaged or not what its run wrote, or asks for something that this version does
+            not have.
     """
     fields = _read_config(folder)
+    vouching.check(folder)
     method = _method_of(fields, folder)
     config = _config_of(method, fields, folder)
     try:
-        tensors = method.tensors_from_peft(_read_tensors(folder), fields)
-    except (KeyError, TypeError, ValueError) as error:
+        tensors = method.tensors_from_peft(_tensors_of(folder), fields)
+    except (KeyError, *_MISREAD) as error:
         raise ModelError(f"{folder / WEIGHTS_FILE} does not fit its {CONFIG_FILE}: {error}") from error
-    return Adapter(folder, method, config, _base_of(fields), tuple(fields.get("modules_to_save") or ()), tensors)
+    return Adapter(folder, method, config, _base_of(fields), _trained_of(fields, folder), tensors)
+
+
+def _trained_of(fields: Mapping[str, Any], folder: Path) -> tuple[str, ...]:
+    """Returns the modules that were trained in full."""
+    found = fields.get("modules_to_save") or ()
+    if not isinstance(found, (list, tuple)) or not all(isinstance(name, str) for name in found):
+        raise ModelError(f"{folder / CONFIG_FILE}: modules_to_save is not a list of names")
+    return tuple(found)
 
 
 def task_of(folder: Path) -> str:
@@ -242,7 +257,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ModelError(
             f"{folder} is not an adapter: {what}", hint=f"an adapter folder holds {CONFIG_FILE} and {WEIGHTS_FILE}"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read: {error}") from error
     if not isinstance(fields, dict):
         raise ModelError(f"{path} cannot be read: expected a JSON object")
@@ -281,7 +296,7 @@ def _config_of(method: type[Method], fields: Mapping[str, Any], folder: Path) ->
         raise ModelError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
     except KeyError as error:
         raise ModelError(f"{path}: {error.args[0]} is missing") from error
-    except (TypeError, ValueError) as error:
+    except _MISREAD as error:
         raise ModelError(f"{path} cannot be read: {error}") from error
     return checked
 
@@ -313,15 +328,25 @@ def _base_of(fields: Mapping[str, Any]) -> str | None:
     return base if isinstance(base, str) and base else None
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
+def _tensors_of(folder: Path) -> dict[str, Tensor]:
     path = folder / WEIGHTS_FILE
     if not path.is_file():
         pickled = sorted(file.name for file in folder.glob("*.bin"))
         hint = f"{pickled[0]} is a pickle and is never read; convert it to safetensors" if pickled else None
         raise ModelError(f"{folder} is not an adapter: it has no {WEIGHTS_FILE}", hint=hint)
+    return read_tensors(path)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Returns the tensors of a safetensors file.
+
+    Raises:
+        ModelError: It is damaged, or not what an honest program writes.
+    """
     try:
+        headers.read(path)
         return load_file(path)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{path} is damaged: {error}", hint="restore it from a backup or a checkpoint") from error
 
 
@@ -362,6 +387,10 @@ def _graft(model: nn.Module, adapter: Adapter) -> list[Site]:
     except PeftcliError as error:
         listing = "; ".join(problem.message for problem in error.problems)
         raise ModelError(f"{adapter.folder} does not fit this base model: {listing}") from error
+    except (RuntimeError, *_MISREAD) as error:  # sizes that torch cannot make
+        raise ModelError(
+            f"{adapter.folder / CONFIG_FILE} does not fit this base model: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _base_name(key: str) -> str:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from peftcli import files
@@ -113,10 +112,10 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
         )
     weights, states = folder / adapter_files.WEIGHTS_FILE, folder / OPTIMIZER_FILE
     progress = read_progress(folder)
-    adapter_files.load_tensors(model, load_file(weights), str(weights))
+    adapter_files.load_tensors(model, adapter_files.read_tensors(weights), str(weights))
     # Too large a loss scale skips steps: at such a start the optimizer has done none yet.
     moments.load_optimizer_tensors(
-        model, optimizer, load_file(states), str(states), may_be_new=bool(progress.loss_scale)
+        model, optimizer, adapter_files.read_tensors(states), str(states), may_be_new=bool(progress.loss_scale)
     )
     return progress
 
@@ -164,7 +163,7 @@ def _damage(folder: Path) -> str | None:
         return _fault(folder, _read_state(folder))
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AssertionError):
+    except (OSError, ValueError, KeyError, TypeError, AssertionError, RecursionError):
         return f"{STATE_FILE} cannot be read"
 
 
@@ -176,6 +175,8 @@ def _fault(folder: Path, state: dict[str, Any]) -> str | None:
         return f"{STATE_FILE} has changed since it was written"
     if state.pop(OWN_DIGEST) != _digest(state):
         return f"{STATE_FILE} has changed since it was written"
+    if set(state["sha256"]) != {adapter_files.CONFIG_FILE, adapter_files.WEIGHTS_FILE, OPTIMIZER_FILE}:
+        return f"{STATE_FILE} names other files than a checkpoint has"
     step = Progress(**state["progress"]).step
     if folder != folder_of(folder.parent, step):
         return f"it is that of step {step}"

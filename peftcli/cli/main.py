@@ -9,10 +9,10 @@ from collections.abc import Callable
 from typing import Annotated, NoReturn
 
 import typer
-from rich.markup import escape
 
 from peftcli import __version__, processes, startup
 from peftcli.cli import applying, console, reference, training
+from peftcli.cli.secrets import redacted
 from peftcli.errors import EXIT_BUG, EXIT_INTERRUPTED_TWICE, PeftcliError
 
 app = typer.Typer(
@@ -64,7 +64,7 @@ def main() -> NoReturn:
         app(standalone_mode=True)
     except PeftcliError as error:
         if "--debug" in sys.argv:
-            traceback.print_exc()
+            sys.stderr.write(redacted(traceback.format_exc()))
         if processes.speaks(error, error.exit_code):
             console.print_error(error)
         sys.exit(error.exit_code)
@@ -74,9 +74,9 @@ def main() -> NoReturn:
         raise
     except Exception:
         if "--debug" in sys.argv:
-            traceback.print_exc()
+            sys.stderr.write(redacted(traceback.format_exc()))
         if processes.speaks(None, EXIT_BUG):
-            console.stderr.print(f"[bold red]error:[/] this is a bug in peftcli: {escape(_save_traceback())}")
+            console.stderr.print(f"[bold red]error:[/] this is a bug in peftcli: {console.shown(_save_traceback())}")
             console.stderr.print("\n[bold cyan]hint:[/] report it with that file, which holds the traceback")
         sys.exit(EXIT_BUG)
     sys.exit(0)
@@ -84,5 +84,5 @@ def main() -> NoReturn:
 
 def _save_traceback() -> str:
     with tempfile.NamedTemporaryFile("w", prefix="peftcli-bug-", suffix=".txt", delete=False, encoding="utf-8") as file:
-        traceback.print_exc(file=file)
+        file.write(redacted(traceback.format_exc()))
     return f"{sys.exc_info()[1]!r}; the traceback is in {file.name}"

@@ -17,6 +17,9 @@ from peftcli.errors import DataError, RecipeError
 if TYPE_CHECKING:
     from peftcli.recipe.schema import Source
 
+UNPICKLING = ("webdataset", "pandas")
+"""Readers of `datasets` that may unpickle what they read."""
+
 
 def read_rows(sources: Sequence[Source], section_key: str, *, images: bool = False) -> Rows:
     """Returns the rows of all `sources`, one after the other.
@@ -141,7 +144,7 @@ def _load_from_hub(source: Source) -> Any:
     offline = datasets.config.HF_HUB_OFFLINE
     datasets.config.HF_HUB_OFFLINE = offline or not hub.reachable()
     try:
-        return datasets.load_dataset(source.path, source.name, split=source.split)
+        return _made(datasets.load_dataset_builder(source.path, source.name), source)
     finally:
         datasets.config.HF_HUB_OFFLINE = offline
 
@@ -151,7 +154,23 @@ def _load_folder(folder: str, source: Source) -> Any:
     import datasets
 
     with TemporaryDirectory(prefix="peftcli-") as cache:
-        return datasets.load_dataset(folder, source.name, split=source.split, cache_dir=cache, keep_in_memory=True)
+        return _made(datasets.load_dataset_builder(folder, source.name, cache_dir=cache), source, in_memory=True)
+
+
+def _made(builder: Any, source: Source, *, in_memory: bool = False) -> Any:
+    """Returns the dataset of a `datasets` builder.
+
+    Raises:
+        DataError: It reads archives in WebDataset's form, whose members may be pickles.
+    """
+    if type(builder).__module__.rpartition(".")[2] in UNPICKLING:
+        raise DataError(
+            "archives may hold pickles, which are never read",
+            where=source.path,
+            hint="unpack them into files, or write the rows as Parquet",
+        )
+    builder.download_and_prepare()
+    return builder.as_dataset(split=source.split, in_memory=in_memory)
 
 
 def _load_hint(path: str) -> str:

@@ -7,7 +7,6 @@ touched would count as the process's memory.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,16 +16,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from peftcli import models
+from peftcli import headers, models
 from peftcli.errors import ModelError
+from peftcli.headers import INDEX_FILE, SINGLE_FILE
 from peftcli.merge.tensor_file import PART_BYTES
 from peftcli.targets import output_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
 DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -114,14 +112,14 @@ def entries(path: Path) -> dict[str, Entry]:
     Raises:
         ModelError: The file is missing or damaged.
     """
-    with explained(path), safe_open(path, "pt"), path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header: dict[str, Any] = json.loads(file.read(length))
-    header.pop("__metadata__", None)
+    with explained(path):
+        header, start_of_data = headers.read(path)
+        with safe_open(path, "pt"):
+            pass  # dtypes, shapes and places are right
     found = []
     for key, facts in header.items():
         start, end = facts["data_offsets"]
-        found.append(Entry(path, key, facts["dtype"], tuple(facts["shape"]), 8 + length + start, end - start))
+        found.append(Entry(path, key, facts["dtype"], tuple(facts["shape"]), start_of_data + start, end - start))
     return {entry.key: entry for entry in sorted(found, key=lambda one: one.start)}
 
 
@@ -136,8 +134,8 @@ def base_entries(base: Path) -> dict[str, Entry]:
     if not (base / INDEX_FILE).is_file():
         raise ModelError(f"{base} has no {SINGLE_FILE} to merge into", hint="only safetensors are read")
     try:
-        shards: dict[str, str] = dict(json.loads((base / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        shards = headers.read_index(base / INDEX_FILE)
+    except (OSError, ValueError) as error:
         raise ModelError(f"{base / INDEX_FILE} cannot be read: {error}") from error
     found: dict[str, Entry] = {}
     for shard in sorted(set(shards.values())):

@@ -50,6 +50,13 @@ class ModelSection(Section):
         description="Attention code of transformers, such as sdpa or eager. Left out: transformers chooses.",
     )
 
+    @field_validator("attn_implementation")
+    @classmethod
+    def _is_of_transformers(cls, value: str | None) -> str | None:
+        if value is not None and "/" in value:
+            raise ValueError("must name attention code of transformers: code from a repository is never run")
+        return value
+
     @field_validator("gguf_file")
     @classmethod
     def _is_a_bare_name(cls, value: str | None) -> str | None:

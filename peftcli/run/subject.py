@@ -83,6 +83,8 @@ def open_subject(run: Path | None, adapter: Path | None, model: str | None) -> S
     packed = own.quantization if own is not None else None
     base = open_base(section, folder, read_meaning(folder, section.task), packed)
     check_stored(packed, base.config, section.name)  # with another model than the run's own
+    # Before the weights: sizes that only the configuration claims must not be made in memory.
+    adapter_files.require_fit(models.skeleton(base.config, section.task), found)
     return Subject(replace(base, dense=found.trained), found, own, merged)
 
 

@@ -60,6 +60,7 @@ class TensorBoardLog:
             raise HostError(
                 "logging.report_to: tensorboard is not installed", hint="pip install 'peftcli[tensorboard]'"
             ) from error
+        files.require_own(run / "tensorboard", run)
         self._writer: Any = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, step: int, metrics: Metrics) -> None:

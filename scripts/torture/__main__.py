@@ -17,7 +17,9 @@ from scripts.torture.outcome import Order
 if TYPE_CHECKING:
     from scripts.torture.outcome import Outcome
 
-PARTS = ("kills", "faults", "corruption", "rotation", "merges")
+CRASHES = ("kills", "faults", "corruption", "rotation", "merges")
+FUZZERS = ("recipes", "rows", "adapters", "tensors")
+PARTS = (*CRASHES, *FUZZERS)
 """The parts. Each is a module with `run(order) -> Outcome` and with `UNIT`, `SHORT` and `LONG`: what it counts, and how
 many of that a test and a night do."""
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from peftcli import files
 from peftcli.checkpoint import moments, state
@@ -116,7 +117,7 @@ def test_pissa_resumes_with_its_start(tmp_path, make_model):
 def test_a_checkpoint_holds_nothing_of_the_base(saved):
     _, folder = saved
     assert {file.name for file in folder.iterdir()} == set(FILES)
-    keys = [*state.load_file(folder / WEIGHTS_FILE), *state.load_file(folder / OPTIMIZER_FILE)]
+    keys = [*load_file(folder / WEIGHTS_FILE), *state.load_file(folder / OPTIMIZER_FILE)]
     assert len(keys) == 8 + 3 * 8  # A and B at four places; their two moments and step counters
     assert all("lora_" in key or ".adapter." in key for key in keys)
 
@@ -131,7 +132,7 @@ def test_an_optimizer_of_another_model_is_refused(make_run):
 @pytest.mark.parametrize("entry", ["exp_avg", "exp_avg_sq", "step", None])
 def test_a_parameter_whose_state_is_missing_is_not_started_anew(entry, saved, make_run):
     _, folder = saved
-    stored = state.load_file(folder / OPTIMIZER_FILE)
+    stored = load_file(folder / OPTIMIZER_FILE)
     name = next(iter(stored)).partition("|")[0]
     kept = {key: tensor for key, tensor in stored.items() if key.partition("|")[0] != name}
     if entry is not None:
@@ -171,7 +172,7 @@ def test_all_that_an_optimizer_keeps_comes_back_and_none_may_be_missing(optim, m
         optimizer.step()
     kept = moments.optimizer_tensors(model, optimizer)
     files.write_safetensors(tmp_path / "file", kept)
-    stored = state.load_file(tmp_path / "file")
+    stored = load_file(tmp_path / "file")
     assert {key.partition("|")[2] for key in stored} == ENTRIES[optim]
 
     other, again = fresh()
@@ -201,7 +202,7 @@ CHANGES = {
 @pytest.mark.parametrize(("change", "message"), CHANGES.values(), ids=CHANGES)
 def test_state_of_another_kind_is_refused(change, message, saved, make_run):
     _, folder = saved
-    stored = state.load_file(folder / OPTIMIZER_FILE)
+    stored = load_file(folder / OPTIMIZER_FILE)
     key = next(key for key in stored if key.endswith("|exp_avg"))
     again = make_run()
     with pytest.raises(ModelError, match=message):

@@ -203,6 +203,8 @@ class TestModels:
         file = Path("run/adapter_model.safetensors")
         content = file.read_bytes()
         file.write_bytes(content[:100])
+        assert_told(cli("eval", "run"), 4, "adapter_model.safetensors has changed since manifest.json was written")
+        Path("run/manifest.json").unlink()
         assert_told(cli("eval", "run"), 4, "adapter_model.safetensors is damaged")
         file.write_bytes(content)
         tensors = load_file(file)

@@ -62,6 +62,7 @@ class TestSubjects:
         fields = json.loads((run / "adapter_config.json").read_text())
         (run / "recipe.yaml").unlink()
         (run / "adapter_config.json").write_text(json.dumps({**fields, "base_model_name_or_path": None}))
+        (run / "manifest.json").unlink()  # the change is meant
         with pytest.raises(ModelError, match="does not name its base model") as caught:
             subject(run)
         assert "--model" in caught.value.problems[0].hint
@@ -182,6 +183,7 @@ class TestMerging:
         tensors = load_file(run / "adapter_model.safetensors")
         tensors.pop(next(iter(tensors)))
         save_file(tensors, run / "adapter_model.safetensors")
+        (run / "manifest.json").unlink()
         with pytest.raises(ModelError, match="is missing"):
             merge(subject(run), "merged")
         assert not Path("merged").exists()
@@ -222,5 +224,6 @@ def test_an_adapter_with_a_number_that_is_none(run):
     tensors = load_file(run / "adapter_model.safetensors")
     next(iter(tensors.values()))[0, 0] = torch.nan
     save_file(tensors, run / "adapter_model.safetensors")
+    (run / "manifest.json").unlink()
     with pytest.raises(ModelError, match="not finite"):
         evaluate(subject(run))

@@ -243,6 +243,7 @@ def hydra(folders, recipe_file, tmp_path, train):
     from safetensors.torch import save_file
 
     save_file(stirred, "run/adapter_model.safetensors", {"format": "pt"})
+    Path("run/manifest.json").unlink()
     return Path("run")
 
 

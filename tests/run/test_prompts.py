@@ -39,6 +39,7 @@ def set_prompts(run, P):
     """Writes other prompts into a run's file."""
     path = Path(run) / "adapter_model.safetensors"
     save_file({**load_file(path), "prompt_embeddings": P.contiguous()}, path, {"format": "pt"})
+    (Path(run) / "manifest.json").unlink(missing_ok=True)
 
 
 def opened(run):

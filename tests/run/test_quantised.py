@@ -207,11 +207,16 @@ class TestWhatCannotBe:
         train(recipe_file(model={"name": "./untied"}, method={"type": "head"}, quantization=NF4))
 
 
-def test_an_adapter_may_hold_a_module_in_full(recipe_file, train):
+def test_an_adapter_may_hold_a_module_in_full(recipe_file, train, model_folder):
     """Such a module, that a file of PEFT's may name, is left dense: its weights are the adapter's."""
     train(recipe_file(quantization=NF4))
     config = Path("run/adapter_config.json")
     config.write_text(json.dumps({**json.loads(config.read_text()), "modules_to_save": ["layers.0.mlp.up_proj"]}))
+    weights, module = Path("run/adapter_model.safetensors"), "model.layers.0.mlp.up_proj."
+    stored = load_file(model_folder / "model.safetensors")
+    full = {f"base_model.model.{name}": stored[name] for name in stored if name.startswith(module)}
+    save_file({**load_file(weights), **full}, weights)
+    Path("run/manifest.json").unlink()
     subject = open_subject(Path("run"), None, None)
     model, _ = load_weights(subject.base, torch.device("cpu"))
     assert not quantization.is_quantised(model.model.layers[0].mlp.up_proj)
