@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from peftcli import headers, hub, vetting
 from peftcli.errors import HostError, ModelError, RecipeError
 from peftcli.quantization import packable, stored_fields
+from peftcli.recipe.paths import expand_home
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +69,7 @@ def locate(section: ModelSection) -> ModelSource:
     Raises:
         ModelError: `model.name` looks like a path and there is no such folder, or it lacks a config.json.
     """
-    path = Path(section.name).expanduser()
+    path = Path(expand_home(section.name))
     options: dict[str, Any] = {"trust_remote_code": False}
     if section.gguf_file is not None:
         options["gguf_file"] = section.gguf_file

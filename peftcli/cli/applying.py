@@ -99,7 +99,7 @@ def merge(
     if json:
         console.print_json({"folder": str(target), "merged_weights": count, **facts})
         return
-    console.stdout.print(f"merged {count} weights into {target}")
+    console.stdout.print(f"merged {count} weights into {console.shown(str(target))}")
     for line in said:
         console.stdout.print(line)
 
@@ -149,7 +149,8 @@ def export(
         return
     kind = "exactly" if done.exact else "nearly"
     console.stdout.print(
-        f"wrote {target}: {kind} the adapter, as a LoRA on {done.modules} modules of rank up to {done.largest_rank}"
+        f"wrote {console.shown(str(target))}: {kind} the adapter, as a LoRA on {done.modules} modules of rank up to "
+        f"{done.largest_rank}"
     )
     if done.update_error:
         console.stdout.print(f"its updates are off by up to {100 * done.update_error:.1f} % (Frobenius norm)")
@@ -190,6 +191,13 @@ def readout(
     console.print_table(["prompt", "position", "nearest tokens, cosine distance"], rows)
 
 
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # too long for a name: it is a prompt
+        return False
+
+
 def generate(
     run: Run = None,
     prompts: Annotated[list[str] | None, typer.Argument(help="What to answer.", show_default=False)] = None,
@@ -203,7 +211,7 @@ def generate(
 ) -> None:
     """Answer prompts, put to the model as in training."""
     wanted = list(prompts or [])
-    if run is not None and adapter is not None and not run.is_dir():
+    if run is not None and adapter is not None and not _is_folder(run):
         wanted.insert(0, str(run))  # with --adapter the first word may be a prompt
         run = None
     wanted = [text.replace("\\n", "\n") for text in wanted] + _lines(prompt_file)

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from peftcli.recipe.values import checked_path
 
 
 class Section(BaseModel):
@@ -18,15 +20,20 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+FilePath = Annotated[str, AfterValidator(checked_path)]
+
+
 class ModelSection(Section):
     """The base model, which stays as it is."""
 
-    name: str = Field(min_length=1, description="The base model: a hub id, or a local folder (`~` is the home folder).")
+    name: FilePath = Field(
+        min_length=1, description="The base model: a hub id, or a local folder (`~` is the home folder)."
+    )
     revision: str | None = Field(
         default=None,
         description="Branch, tag or commit of a hub model; a commit makes the run repeatable. Left out: main.",
     )
-    gguf_file: str | None = Field(
+    gguf_file: FilePath | None = Field(
         default=None, min_length=1, description="Name of a GGUF file beside the model, to load the weights from it."
     )
     task: Literal[
@@ -100,7 +107,7 @@ class QuantizationSection(Section):
 class Source(Section):
     """One dataset."""
 
-    path: str = Field(
+    path: FilePath = Field(
         min_length=1, description="A data file, a folder, or a hub id; paths count from the current directory."
     )
     name: str | None = Field(default=None, description="Configuration of a hub dataset, where it has several.")
@@ -304,7 +311,7 @@ class DistributedSection(Section):
     timeout: int = Field(
         default=600, gt=0, description="Seconds that a process may keep the others waiting before the run is ended."
     )
-    deepspeed_config: str | None = Field(
+    deepspeed_config: FilePath | None = Field(
         default=None,
         min_length=1,
         description="DeepSpeed's own JSON file, for strategy deepspeed. What the recipe says too is "
@@ -367,7 +374,7 @@ class Recipe(Section):
     )
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="How to evaluate.")
     logging: LoggingSection = Field(default_factory=LoggingSection, description="Where metrics go.")
-    output_dir: str | None = Field(
+    output_dir: FilePath | None = Field(
         default=None,
         min_length=1,
         description="Folder for all that the run leaves. Left out: runs/<the recipe's file name>.",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from pydantic import ValidationError
 
 from peftcli import data, models, recipe
 from peftcli.checkpoint import adapter as adapter_files
@@ -92,7 +93,13 @@ def _section_of(adapter: Adapter, model: str | None) -> recipe.ModelSection:
     """Returns the model section of an adapter that comes without a recipe; `model` is the base's name, if given."""
     task = task_of(adapter.folder) or adapter_files.task_of(adapter.folder)  # PEFT has no name for that of images
     fields = {"name": model or _base_name(adapter), "task": task}
-    return recipe.ModelSection.model_validate(fields)
+    try:
+        return recipe.ModelSection.model_validate(fields)
+    except ValidationError as error:
+        raise ModelError(
+            f"{adapter.folder} names no base model that can be read: {error.errors()[0]['msg']}",
+            hint="name it with --model",
+        ) from error
 
 
 def _base_name(adapter: Adapter) -> str:
@@ -110,7 +117,7 @@ def evaluation_data(subject: Subject, path: Path | None) -> data.Dataset:
     section = subject.recipe.data if subject.recipe is not None else None
     positions = models.max_positions(subject.base.config)
     if path is not None:
-        sources = (recipe.Source(path=str(path)),)
+        sources = (recipe.Source.model_construct(path=str(path)),)
         longest = recipe.DataSection.model_fields["max_length"].default
         kept = section.model_dump() if section is not None else {"max_length": min(longest, positions or longest)}
         section = recipe.DataSection.model_validate({**kept, "train": sources, "eval": sources, "eval_fraction": None})
