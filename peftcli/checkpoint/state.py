@@ -11,7 +11,6 @@ visible only when it is complete, and `state.json` makes every damaged byte visi
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -79,6 +78,7 @@ def save_checkpoint(
     target = folder_of(run, progress.step)
     adapter = adapter_files.contents(model, origin, resumable=True)
     optimizer_state = moments.optimizer_tensors(model, optimizer)
+    adapter_files.require_sound(optimizer_state, "the optimizer's state")
     if not writes:
         return target
     with files.new_folder(target) as folder:
@@ -86,7 +86,7 @@ def save_checkpoint(
         files.write_safetensors(folder / OPTIMIZER_FILE, optimizer_state)
         digests = {file.name: files.sha256(file) for file in sorted(folder.iterdir())}
         state = {"format": FORMAT, "progress": asdict(progress), "sha256": digests}
-        files.write_json(folder / STATE_FILE, {**state, OWN_DIGEST: _digest(state)})
+        files.write_json(folder / STATE_FILE, {**state, OWN_DIGEST: files.json_sha256(state)})
     return target
 
 
@@ -136,18 +136,13 @@ def _read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def _digest(state: dict[str, Any]) -> str:
-    """Returns the sha256 of what `state.json` says beside this digest."""
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
 def _damage(folder: Path) -> str | None:
     """Returns what is wrong with a checkpoint's files, or None where all are what was written."""
     try:
         state = _read_state(folder)
         if state["format"] != FORMAT:
             return f"its format is {state['format']}, this version reads {FORMAT}"
-        if state.pop(OWN_DIGEST) != _digest(state):
+        if state.pop(OWN_DIGEST) != files.json_sha256(state):
             return f"{STATE_FILE} has changed since it was written"
         Progress(**state["progress"])
         for name, digest in state["sha256"].items():

@@ -21,6 +21,7 @@ from peftcli.recipe import LoadedRecipe, Recipe
 from peftcli.reporting import Reporter, Silent
 from peftcli.run import RECIPE_FILE, execution, remarks
 from peftcli.run.batches import Joins, check_packing, longest_sample, settle_joining, step_plan
+from peftcli.run.fingerprint import fingerprint, require_same_base
 from peftcli.run.folder import TrainOptions, checkpoint_for_all, open_folder
 from peftcli.run.opening import (
     Base,
@@ -68,6 +69,7 @@ class Job:
         finish: What a language model does to its head's logits; None where that is not known.
         counts: How many parameters are which, counted before the base was spread.
         group: The run's processes.
+        fingerprint: That of the base's files.
     """
 
     recipe: Recipe
@@ -82,12 +84,15 @@ class Job:
     finish: Finish | None
     counts: dict[str, int | float]
     group: Processes
+    fingerprint: str | None
 
     @property
     def origin(self) -> adapter_files.Origin:
         """What adapter files say beside their tensors."""
         section = self.recipe.model
-        return adapter_files.Origin(self.method, self.config, section.name, self.base.revision, section.task)
+        return adapter_files.Origin(
+            self.method, self.config, section.name, self.base.revision, section.task, self.fingerprint
+        )
 
 
 def train(
@@ -187,7 +192,8 @@ def _open_job(
     if spread:
         reporter.note(execution.spread(model, settings, group))
     folder = Path(wanted.output_dir or "runs")
-    return Job(wanted, folder, base, model, method, config, prepared, plan, joins, finish, counts, group)
+    known = fingerprint(base)
+    return Job(wanted, folder, base, model, method, config, prepared, plan, joins, finish, counts, group, known)
 
 
 def _write_start(job: Job) -> None:
@@ -206,6 +212,7 @@ def _run_loop(job: Job, accelerator: Accelerator, resumed: Path | None, reporter
     first_step = int(resumed.name.rpartition("-")[2]) if resumed is not None else 0
     trainer = Trainer(_task(job, first_step, reporter), accelerator, job.group)
     if resumed is not None:
+        require_same_base(resumed, job.base)
         trainer.resume(resumed)
     return trainer.run()
 
@@ -264,6 +271,7 @@ def _write_end(job: Job, result: Result) -> dict[str, Any]:
     facts = manifest.describe(
         job.folder, job.recipe, job.base.config, job.base.processor, job.base.revision, job.model, job.data, result
     )
+    facts["base_model"]["fingerprint"] = job.fingerprint
     facts |= {"parameters": job.counts, **distributed.facts(job.group)}
     files.write_json(job.folder / manifest.MANIFEST_FILE, facts)
     text = (job.folder / RECIPE_FILE).read_text(encoding="utf-8")

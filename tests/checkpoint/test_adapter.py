@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from peftcli import files, inject
 from peftcli.checkpoint import adapter as adapter_files
 from peftcli.checkpoint.adapter import BASE_PREFIX, CONFIG_FILE, WEIGHTS_FILE, attach, read_adapter, save_adapter
+from peftcli.checkpoint.seal import SEAL_FILE
 from peftcli.errors import HostError, ModelError
 from tests.methods.building import adapt, logits, origin_of, randomise, token_ids
 
@@ -309,7 +310,7 @@ def test_what_the_config_says(saved):
         "rank_pattern": {"q_proj": 2},
         "alpha_pattern": {},
     }
-    assert {file.name for file in folder.iterdir()} == {CONFIG_FILE, WEIGHTS_FILE}
+    assert {file.name for file in folder.iterdir()} == {CONFIG_FILE, WEIGHTS_FILE, SEAL_FILE}
 
 
 @pytest.mark.parametrize(("name", "init"), [("lora", "kaiming"), ("dora", "kaiming"), ("lora", "pissa")])
