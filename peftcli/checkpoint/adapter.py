@@ -51,6 +51,9 @@ PEFT_HEADS = {"classifier", "score"}
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "eva_", "lora_ga", "mica")
 """Starts of `init_lora_weights` values whose adapters belong to a base that PEFT has altered, not to the one named."""
 
+_AGAIN = "restore it from a backup or a checkpoint, or get the adapter's files again"
+_TOGETHER = "adapter_model.safetensors, adapter_config.json and the base model must belong together"
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -278,7 +281,7 @@ def read_adapter(folder: Path) -> Adapter:
     try:
         found = _adapter_of(folder, fields)
     except ModelError as error:
-        raise ModelError.of([*error.problems, *doubts]) from error
+        raise seals.with_doubts(error, doubts) from error
     return replace(found, seal=seal, doubts=tuple(doubts))
 
 
@@ -288,7 +291,7 @@ def _adapter_of(folder: Path, fields: Mapping[str, Any]) -> Adapter:
     try:
         tensors = method.tensors_from_peft(_read_tensors(folder), fields)
     except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"{folder / WEIGHTS_FILE} does not fit its {CONFIG_FILE}: {error}") from error
+        raise ModelError(f"{folder / WEIGHTS_FILE} does not fit its {CONFIG_FILE}: {error}", hint=_TOGETHER) from error
     return Adapter(folder, method, config, _base_of(fields), tuple(fields.get("modules_to_save") or ()), tensors)
 
 
@@ -308,9 +311,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"{folder} is not an adapter: {what}", hint=f"an adapter folder holds {CONFIG_FILE} and {WEIGHTS_FILE}"
         ) from error
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read: {error}") from error
+        raise ModelError(f"{path} cannot be read: {error}", hint=_AGAIN) from error
     if not isinstance(fields, dict):
-        raise ModelError(f"{path} cannot be read: expected a JSON object")
+        raise ModelError(f"{path} cannot be read: expected a JSON object", hint=_AGAIN)
     return fields
 
 
@@ -343,11 +346,11 @@ def _config_of(method: type[Method], fields: Mapping[str, Any], folder: Path) ->
         checked: MethodConfig = config.model_validate({**config.model_dump(), **targets})
     except ValidationError as error:
         first = error.errors()[0]
-        raise ModelError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise ModelError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}", hint=_AGAIN) from error
     except KeyError as error:
-        raise ModelError(f"{path}: {error.args[0]} is missing") from error
+        raise ModelError(f"{path}: {error.args[0]} is missing", hint=_AGAIN) from error
     except (TypeError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read: {error}") from error
+        raise ModelError(f"{path} cannot be read: {error}", hint=_AGAIN) from error
     return checked
 
 
@@ -382,12 +385,12 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     path = folder / WEIGHTS_FILE
     if not path.is_file():
         pickled = sorted(file.name for file in folder.glob("*.bin"))
-        hint = f"{pickled[0]} is a pickle and is never read; convert it to safetensors" if pickled else None
+        hint = f"{pickled[0]} is a pickle and is never read; convert it to safetensors" if pickled else _AGAIN
         raise ModelError(f"{folder} is not an adapter: it has no {WEIGHTS_FILE}", hint=hint)
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} is damaged: {error}", hint="restore it from a backup or a checkpoint") from error
+        raise ModelError(f"{path} is damaged: {error}", hint=_AGAIN) from error
 
 
 def attach(model: nn.Module, adapter: Adapter) -> list[Site]:
@@ -424,12 +427,13 @@ def _graft(model: nn.Module, adapter: Adapter) -> list[Site]:
     where = f"{adapter.folder} does not fit this base model"
     lost = _unknown_modules(model, adapter.trained)
     if lost:
-        raise ModelError(f"{where}: modules_to_save: no module matches {', '.join(lost)}")
+        raise ModelError(f"{where}: modules_to_save: no module matches {', '.join(lost)}", hint=_TOGETHER)
     try:
         # A rank beyond a module's sides is wasteful, not wrong: PEFT trains them, and PiSSA's is stored twice as large.
         return inject.graft(model, adapter.method, adapter.config, 0, adapter.trained, unchecked=("r",))
     except PeftcliError as error:
-        raise ModelError.of(replace(one, message=f"{where}: {one.message}") for one in error.problems) from error
+        found = (Problem(f"{where}: {one.message}", hint=one.hint or _TOGETHER) for one in error.problems)
+        raise ModelError.of(found) from error
 
 
 def _unknown_modules(model: nn.Module, trained: Collection[str]) -> list[str]:
@@ -492,7 +496,7 @@ def _require_same_shapes(expected: Mapping[str, Tensor], tensors: Mapping[str, T
         more = f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
         raise ModelError(
             f"{where}: {'; '.join(sorted(wrong)[:10])}{more}",
-            hint="the file, its adapter_config.json and the base model must belong together",
+            hint=_TOGETHER,
         )
 
 

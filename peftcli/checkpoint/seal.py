@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import peftcli
 from peftcli import files
-from peftcli.errors import ModelError, Problem
+from peftcli.errors import ModelError, PeftcliError, Problem
 
 SEAL_FILE = "adapter_seal.json"
 FORMAT = 1
@@ -95,6 +95,11 @@ def examine(folder: Path, config_file: str, config: Mapping[str, Any]) -> tuple[
             said = f"its sha256 was {digest[:12]}…, is {now[:12]}…"
             found.append(Problem(f"{path} has changed since it was written: {said}", hint=_HINT))
     return seal, found
+
+
+def with_doubts(error: PeftcliError, doubts: Iterable[Problem]) -> PeftcliError:
+    """Returns `error`, which --force cannot override, with the `doubts` that may tell how it came about."""
+    return ModelError.of([*error.problems, *(replace(one, hint=None) for one in doubts)])
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

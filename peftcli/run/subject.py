@@ -10,6 +10,7 @@ import torch
 
 from peftcli import data, models, recipe
 from peftcli.checkpoint import adapter as adapter_files
+from peftcli.checkpoint import seal as seals
 from peftcli.checkpoint.seal import SEAL_FILE
 from peftcli.data.meaning import read_meaning, task_of
 from peftcli.errors import DataError, HostError, ModelError, RecipeError
@@ -106,7 +107,7 @@ def _verified(adapter: Adapter, base: Base, *, force: bool) -> tuple[str, ...]:
     try:
         adapter_files.require_fit(models.skeleton(base.config, base.section.task), adapter)
     except ModelError as error:
-        raise ModelError.of([*error.problems, *doubts]) from error
+        raise seals.with_doubts(error, doubts) from error
     if doubts and not force:
         raise ModelError.of(doubts)
     remarks = [f"--force: {problem.message}" for problem in doubts]
