@@ -11,6 +11,7 @@ import torch
 from peftcli import files
 from peftcli.checkpoint import moments, state
 from peftcli.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE
+from peftcli.checkpoint.seal import SEAL_FILE
 from peftcli.checkpoint.state import OPTIMIZER_FILE, STATE_FILE, Progress
 from peftcli.errors import ModelError
 from peftcli.recipe import TrainingSection
@@ -18,7 +19,7 @@ from peftcli.training.optimizers import make_optimizer
 from tests.methods.building import adapt, origin_of, trainable
 
 PROGRESS = Progress(2, 1234, 0.1 + 0.2, 1, 3, {"scale": 65536.0, "growth_tracker": 7})
-FILES = [CONFIG_FILE, WEIGHTS_FILE, OPTIMIZER_FILE, STATE_FILE]
+FILES = [CONFIG_FILE, WEIGHTS_FILE, SEAL_FILE, OPTIMIZER_FILE, STATE_FILE]
 
 
 class Run:

@@ -15,7 +15,7 @@ from peftcli.methods.lora import LoRA
 from peftcli.run import applying
 from peftcli.run.merging import merge as run_merge
 from peftcli.run.subject import DEFAULT_PROMPTS, open_subject, proof_inputs
-from tests.conftest import Recorder, write_jsonl
+from tests.conftest import Recorder, unseal, write_jsonl
 from tests.run.merging import merge_and_compare
 
 
@@ -61,6 +61,7 @@ class TestSubjects:
     def test_an_adapter_that_does_not_name_its_base(self, run, model_folder):
         fields = json.loads((run / "adapter_config.json").read_text())
         (run / "recipe.yaml").unlink()
+        unseal(run)
         (run / "adapter_config.json").write_text(json.dumps({**fields, "base_model_name_or_path": None}))
         with pytest.raises(ModelError, match="does not name its base model") as caught:
             subject(run)
