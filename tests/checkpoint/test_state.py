@@ -13,7 +13,7 @@ from peftcli.checkpoint import moments, state
 from peftcli.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE
 from peftcli.checkpoint.seal import SEAL_FILE
 from peftcli.checkpoint.state import OPTIMIZER_FILE, STATE_FILE, Progress
-from peftcli.errors import ModelError
+from peftcli.errors import ModelError, NumericalError
 from peftcli.recipe import TrainingSection
 from peftcli.training.optimizers import make_optimizer
 from tests.methods.building import adapt, origin_of, trainable
@@ -120,6 +120,15 @@ def test_a_checkpoint_holds_nothing_of_the_base(saved):
     keys = [*state.load_file(folder / WEIGHTS_FILE), *state.load_file(folder / OPTIMIZER_FILE)]
     assert len(keys) == 8 + 3 * 8  # A and B at four places; their two moments and step counters
     assert all("lora_" in key or ".adapter." in key for key in keys)
+
+
+def test_a_moment_that_is_not_finite_is_not_saved(make_run):
+    run = make_run()
+    run.step(0)
+    next(iter(run.optimizer.state.values()))["exp_avg"][0, 0] = torch.nan
+    with pytest.raises(NumericalError, match=r"the optimizer's state cannot be saved: .*\|exp_avg holds values that"):
+        run.save()
+    assert not list(run.folder.iterdir())
 
 
 def test_an_optimizer_of_another_model_is_refused(make_run):

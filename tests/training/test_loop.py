@@ -237,6 +237,15 @@ def test_a_diverging_run_ends_with_its_checkpoint_intact(make_trainer):
     assert all(torch.equal(tensor, kept[name]) for name, tensor in params(trainer).items())
 
 
+def test_weights_that_the_last_step_has_spoilt_are_not_saved(make_trainer):
+    """No later step's loss shows them."""
+    trainer = make_trainer(max_steps=1, save_steps=1, warmup_steps=0, learning_rate=1e39, max_grad_norm=None)
+    with pytest.raises(NumericalError, match=r"the adapter cannot be saved: .* not finite") as caught:
+        trainer.run()
+    assert "learning_rate" in caught.value.problems[0].hint
+    assert saved(trainer) == []
+
+
 def test_a_gradient_that_is_not_finite_is_named(make_trainer):
     trainer = make_trainer(max_steps=3)
     name = next(name for name in trainer.parameters if "layers.1.self_attn.v_proj" in name and name.endswith(".B"))
