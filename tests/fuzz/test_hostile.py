@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import peftcli
-from tests.conftest import write_jsonl
+from tests.conftest import unseal, write_jsonl
 from tests.fuzz.auditing import watched
 
 SINGS = "import os, pathlib\npathlib.Path(os.environ['CANARY']).write_text('sings')\n"
@@ -220,7 +220,7 @@ def test_adapters_that_are_pickles(trained, safely):
 
 
 def test_an_adapter_that_asks_for_code(trained, safely):
-    (trained / "manifest.json").unlink()
+    unseal(trained)
     (trained / "evil.py").write_text(SINGS)
     change(
         trained / "adapter_config.json",
@@ -234,7 +234,7 @@ def test_an_adapter_that_asks_for_code(trained, safely):
 
 @pytest.mark.parametrize("name", ["lora_A.weight", "../../x", "/etc/x", "base_model.model.../x"])
 def test_an_adapters_tensor_of_another_name(name, trained, safely):
-    (trained / "manifest.json").unlink()
+    unseal(trained)
     tensors = load_file(trained / "adapter_model.safetensors")
     save_file({**tensors, name: next(iter(tensors.values())).clone()}, trained / "adapter_model.safetensors")
     for command in ("eval", "merge", "export"):
