@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +21,10 @@ UNIT, SHORT, LONG = "calls that fail", 24, 10_000
 CASE = "lora"
 SURVIVED, FAILED = 0, 6
 COLUMNS = ("failed", "not survived")
+TOO_LARGE = "file too large"
+"""By a limit that the kernel sets on the size of files: this alone reaches into the libraries' own writes."""
+LIMITS = (4_000, 50_000)
+"""The least is more than a run says, the largest less than its largest file."""
 
 
 def run(order: Order) -> Outcome:
@@ -40,6 +46,13 @@ def run(order: Order) -> Outcome:
         if wrong:
             outcome.failures.append(f"{way} at call {at} ({calls[at - 1]}): {wrong}")
         progress.tell(done + 1, len(outcome.failures), way)
+    limits = [random.randrange(*LIMITS) for _ in range(max(2, order.count // 12))]
+    outcome.rows[TOO_LARGE] = dict.fromkeys(COLUMNS, 0)
+    for limit in limits:
+        wrong = _survived(trial, partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit)), {FAILED})
+        outcome.count(TOO_LARGE, "failed", "not survived" if wrong else "")
+        if wrong:
+            outcome.failures.append(f"no file larger than {limit} bytes: {wrong}")
     outcome.sum_up(COLUMNS)
     return outcome
 
@@ -56,9 +69,15 @@ def calls_of(trial: Trial, folder: Path) -> list[str]:
 
 def _once(trial: Trial, at: int, way: str) -> str:
     """Has one call fail; returns what did not survive that, in words, or nothing."""
+    expected = {CRASHED} if way in ("crash", "torn") else {SURVIVED, FAILED}
+    return _survived(trial, Disk(trial.output, at, way).install, expected)
+
+
+def _survived(trial: Trial, obstacle: Callable[[], None], expected: set[int]) -> str:
+    """Runs against an obstacle, and then without; returns what is wrong with either end, in words, or nothing."""
     shutil.rmtree(trial.output, ignore_errors=True)
-    ended = trial.start(before=Disk(trial.output, at, way).install)
-    wrong = _misbehaved(ended, way) or _damaged(trial.output)
+    ended = trial.start(before=obstacle)
+    wrong = _misbehaved(ended, expected) or _damaged(trial.output)
     if wrong or (ended.code == SURVIVED and not trees.differences(trial.output, trial.whole)):
         return wrong
     again = trial.start()
@@ -67,9 +86,8 @@ def _once(trial: Trial, at: int, way: str) -> str:
     return "; ".join(trees.differences(trial.output, trial.whole))
 
 
-def _misbehaved(ended: Ended, way: str) -> str:
+def _misbehaved(ended: Ended, expected: set[int]) -> str:
     """Returns how a process did not end as it should: at once, or with exit code 6 and a message."""
-    expected = {CRASHED} if way in ("crash", "torn") else {SURVIVED, FAILED}
     if ended.code not in expected:
         return f"it ended with {ended.code}: {ended.output[-300:]}"
     if ended.code == FAILED and not ("error: cannot write " in ended.output and "hint: " in ended.output):

@@ -29,7 +29,10 @@ class Order:
     cases: tuple[str, ...] = ()
 
     def chosen(self, known: Mapping[str, object]) -> list[str]:
-        """Returns which of the `known` cases to take."""
+        """Returns which of the `known` cases to take; ends the program where one is not known."""
+        unknown = [name for name in self.cases if name not in known]
+        if unknown:
+            sys.exit(f"error: no such case: {unknown[0]}; there are {'; '.join(known)}")
         return [name for name in known if not self.cases or name in self.cases]
 
     def random(self, *names: object) -> random.Random:

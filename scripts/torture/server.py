@@ -141,6 +141,7 @@ def _become(
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(BaseException):  # nothing may go on from here as a second server
+                stream.flush()
         os._exit(code)
