@@ -117,7 +117,7 @@ def test_pissa_resumes_with_its_start(tmp_path, make_model):
 def test_a_checkpoint_holds_nothing_of_the_base(saved):
     _, folder = saved
     assert {file.name for file in folder.iterdir()} == set(FILES)
-    keys = [*load_file(folder / WEIGHTS_FILE), *state.load_file(folder / OPTIMIZER_FILE)]
+    keys = [*load_file(folder / WEIGHTS_FILE), *load_file(folder / OPTIMIZER_FILE)]
     assert len(keys) == 8 + 3 * 8  # A and B at four places; their two moments and step counters
     assert all("lora_" in key or ".adapter." in key for key in keys)
 
