@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -34,7 +33,7 @@ def all_fields() -> tuple[tuple[str, ...], ...]:
 def accepts_text(path: KeyPath) -> bool:
     """Returns whether the field at a path can be written as any text: a dataset can, as its path."""
     annotation = _annotation_at(path)
-    return str in _types_in(annotation) or _model_in(annotation) is Source
+    return str in (annotation, *get_args(annotation)) or _model_in(annotation) is Source
 
 
 def is_section(path: KeyPath) -> bool:
@@ -68,12 +67,6 @@ def _annotation_at(path: KeyPath) -> Any:
         field = model.model_fields.get(names[-1])
         return field.annotation if field else None
     return get_args(parent)[1] if get_origin(parent) is dict else None
-
-
-def _types_in(annotation: Any) -> list[Any]:
-    """Returns a type and those that it is made of, such as the `str` of a text that is checked further."""
-    parts = get_args(annotation) if get_origin(annotation) in (Annotated, Union, UnionType) else ()
-    return [annotation, *(one for part in parts for one in _types_in(part))]
 
 
 def _model_at(path: KeyPath) -> type[BaseModel] | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from peftcli.recipe.values import checked_path
 
@@ -20,20 +20,15 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-FilePath = Annotated[str, AfterValidator(checked_path)]
-
-
 class ModelSection(Section):
     """The base model, which stays as it is."""
 
-    name: FilePath = Field(
-        min_length=1, description="The base model: a hub id, or a local folder (`~` is the home folder)."
-    )
+    name: str = Field(min_length=1, description="The base model: a hub id, or a local folder (`~` is the home folder).")
     revision: str | None = Field(
         default=None,
         description="Branch, tag or commit of a hub model; a commit makes the run repeatable. Left out: main.",
     )
-    gguf_file: FilePath | None = Field(
+    gguf_file: str | None = Field(
         default=None, min_length=1, description="Name of a GGUF file beside the model, to load the weights from it."
     )
     task: Literal[
@@ -56,6 +51,8 @@ class ModelSection(Section):
         default=None,
         description="Attention code of transformers, such as sdpa or eager. Left out: transformers chooses.",
     )
+
+    _have_names = field_validator("name", "gguf_file")(checked_path)
 
     @field_validator("attn_implementation")
     @classmethod
@@ -107,11 +104,13 @@ class QuantizationSection(Section):
 class Source(Section):
     """One dataset."""
 
-    path: FilePath = Field(
+    path: str = Field(
         min_length=1, description="A data file, a folder, or a hub id; paths count from the current directory."
     )
     name: str | None = Field(default=None, description="Configuration of a hub dataset, where it has several.")
     split: str = Field(default="train", min_length=1, description="Split of the dataset; a single file is all train.")
+
+    _has_a_name = field_validator("path")(checked_path)
 
 
 def _as_sources(value: object) -> object:
@@ -311,12 +310,14 @@ class DistributedSection(Section):
     timeout: int = Field(
         default=600, gt=0, description="Seconds that a process may keep the others waiting before the run is ended."
     )
-    deepspeed_config: FilePath | None = Field(
+    deepspeed_config: str | None = Field(
         default=None,
         min_length=1,
         description="DeepSpeed's own JSON file, for strategy deepspeed. What the recipe says too is "
         "auto there, left out, or the same; the rest is passed on unchanged.",
     )
+
+    _has_a_name = field_validator("deepspeed_config")(checked_path)
 
 
 class GenerateSection(Section):
@@ -374,8 +375,10 @@ class Recipe(Section):
     )
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="How to evaluate.")
     logging: LoggingSection = Field(default_factory=LoggingSection, description="Where metrics go.")
-    output_dir: FilePath | None = Field(
+    output_dir: str | None = Field(
         default=None,
         min_length=1,
         description="Folder for all that the run leaves. Left out: runs/<the recipe's file name>.",
     )
+
+    _has_a_name = field_validator("output_dir")(checked_path)

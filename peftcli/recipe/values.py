@@ -42,12 +42,14 @@ def printable(text: str, longest: int = _MAX_SHOWN) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in shown)
 
 
-def checked_path(path: str) -> str:
+def checked_path(path: str | None) -> str | None:
     """Returns `path`, which must be one that a file can have: short enough, and of characters that can be shown.
 
     Raises:
         ValueError: It is none.
     """
+    if path is None:
+        return None
     if any(ord(char) < 0x20 or 0x7F <= ord(char) < 0xA0 for char in path):
         raise ValueError("holds a control character, which no file's name should have")
     if len(os.fsencode(path)) > _MAX_PATH or any(len(os.fsencode(part)) > _MAX_PART for part in path.split("/")):

@@ -143,7 +143,7 @@ def test_paths_become_absolute(folder, monkeypatch):
     assert resolve_paths(recipe) == recipe
 
 
-@pytest.mark.parametrize("name", ["org/model", "~nobody-of-this-name/x"])
+@pytest.mark.parametrize("name", ["org/model", "a" * 255, "~nobody-of-this-name/x"])
 def test_what_is_no_path_stays(folder, name):
     recipe = folder.load(GOOD.replace("org/tiny-model", name)).recipe
     assert resolve_paths(recipe).model.name == name
