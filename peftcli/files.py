@@ -177,6 +177,25 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def waited_for(path: Path) -> Iterator[None]:
+    """Holds the lock file `path` while entered, after waiting for who does; it goes with the process, however that ends.
+
+    Raises:
+        OSError: Files cannot be locked there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def cache_folder() -> Path:
+    """Returns where this machine's user keeps what can be made again."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "peftcli"
+
+
 def remove_if_unused(folder: Path) -> None:
     """Removes a folder that holds nothing but the lock: a run that failed before its first file leaves no trace."""
     if [path.name for path in folder.iterdir()] == [LOCK_FILE]:

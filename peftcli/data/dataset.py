@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -98,8 +99,9 @@ class EncodedDataset:
         )
 
     @classmethod
-    def join(cls, parts: Sequence[EncodedDataset]) -> EncodedDataset:
-        """Returns the samples of all `parts`, which have the same goal, as one dataset."""
+    def join(cls, several: Iterable[EncodedDataset]) -> EncodedDataset:
+        """Returns the samples of all parts, which have the same goal, as one dataset."""
+        parts = list(several)
         lengths = np.concatenate([np.zeros(1, np.int64), *(part.lengths for part in parts)])
         full = [part for part in parts if len(part)]
         targets = [part.targets for part in full if part.targets is not None]
@@ -120,7 +122,7 @@ class EncodedDataset:
         """The number of tokens of each sample [N]."""
         return np.diff(self.offsets)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """A SHA-256 of all that training would see, targets and tasks too: equal exactly if that is the same."""
         digest = hashlib.sha256()
@@ -131,7 +133,8 @@ class EncodedDataset:
         for name, found in more.items():
             arrays += [] if found is None else [np.frombuffer(name.encode(), np.uint8), found]
         for array in arrays:
-            digest.update(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
+            plain = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+            digest.update(plain.data)  # the bytes where they lie: arrays may be larger than memory
         return digest.hexdigest()
 
     @property
@@ -152,8 +155,7 @@ class EncodedDataset:
 
     def select(self, indices: npt.NDArray[np.int64]) -> EncodedDataset:
         """Returns the samples at `indices`, of which there may be none."""
-        samples = EncodedDataset.of([self[index] for index in indices.tolist()], self.goal)
-        return samples
+        return EncodedDataset.of([self[index] for index in indices.tolist()], self.goal)
 
     def __len__(self) -> int:
         """Returns the number of samples."""
