@@ -41,7 +41,7 @@ demo: model  ## Train, evaluate, merge and answer with a real model, in a few mi
 	$(BIN)/peftcli generate runs/quickstart --base --max-new-tokens 24 --prompt-file recipes/data/demo_prompts.txt
 
 test: $(STAMP)  ## Run the tests, several files at once.
-	@$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+	@$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 test-gpu: $(STAMP)  ## Run the tests that need one CUDA device, or two; each says what it lacks.
 	@PEFTCLI_TEST_GPU=1 $(BIN)/python -m pytest -rs tests/gpu

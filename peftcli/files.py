@@ -179,7 +179,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def waited_for(path: Path) -> Iterator[None]:
-    """Holds the lock file `path` while entered, after waiting for who does; it goes with the process, however that ends.
+    """Holds the lock file `path` while entered, after waiting for who does; the lock ends with the process at the latest.
 
     Raises:
         OSError: Files cannot be locked there.

@@ -13,11 +13,11 @@ from peftcli import models
 from peftcli.errors import HostError, ModelError, RecipeError
 from peftcli.processes import Place
 from peftcli.recipe import DistributedSection, ModelSection
-from peftcli.run import applying
 from peftcli.run.execution import mixed_precision
 from peftcli.run.subject import open_subject
 from peftcli.training import distributed
 from tests.conftest import Recorder, write_jsonl
+from tests.run.merging import merge_and_compare
 
 CPU = torch.device("cpu")
 
@@ -81,7 +81,7 @@ class TestLocating:
         monkeypatch.chdir(tmp_path)
         started = time.monotonic()
         problem = refused("some-org/no-such-model")
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 4  # asked for again and again, a hub costs more than that
         assert "cannot load the configuration of some-org/no-such-model" in problem.message
         assert "not in the local cache, and the model hub cannot be reached" in problem.message
         assert "model.name=PATH" in problem.hint
@@ -416,7 +416,7 @@ class TestGguf:
         write_jsonl(tmp_path / "eval.jsonl", [{"prompt": "abba", "completion": "bab"}] * 2)
         train(path)
         subject = open_subject(tmp_path / "run", None, None)
-        agreement, count = applying.merge(subject, tmp_path / "merged", None, Recorder(), overwrite=False)
+        agreement, count = merge_and_compare(subject, tmp_path / "merged", None, Recorder(), overwrite=False)
         assert (agreement.same_choice, count) == (1.0, 14)
         merged = load_file(tmp_path / "merged" / "model.safetensors")
         base = expected.state_dict()

@@ -15,6 +15,7 @@ from peftcli.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
     from peftcli.merge import Agreement
+    from peftcli.run.merging import Merged
 
 Run = Annotated[Path | None, typer.Argument(help="A run's folder: the output_dir of train.", show_default=False)]
 Adapter = Annotated[
@@ -62,6 +63,13 @@ def merge(
             "Left out: dequantised."
         ),
     ] = None,
+    verify: Annotated[
+        str | None,
+        typer.Option(
+            help="What is compared: layers, each as it is merged, in the memory of one; or whole models' logits, too. "
+            "Left out: layers, and for a quantised base logits."
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")] = False,
     json: AsJson = False,
 ) -> None:
@@ -70,6 +78,10 @@ def merge(
         raise RecipeError(f'--dtype: "{dtype}" is none of float32, bfloat16, float16')
     if base not in (None, "dequantised", "original"):
         raise RecipeError(f'--base: "{base}" is none of dequantised, original')
+    if verify not in (None, "layers", "logits"):
+        raise RecipeError(f'--verify: "{verify}" is none of layers, logits')
+    if base is not None and verify == "layers":
+        raise RecipeError("--verify: with --base whole models are measured", hint="leave --verify out")
     from peftcli.run import MERGED_FOLDER
     from peftcli.run.merging import merge as run_merge
     from peftcli.run.merging import merge_onto
@@ -77,21 +89,30 @@ def merge(
 
     subject = open_subject(run, adapter, model)
     target = output or (run or subject.adapter.folder) / MERGED_FOLDER
-    found: dict[str, Agreement] = {}
-    if base is None:
-        agreement, count = run_merge(subject, target, dtype, make_reporter(), overwrite=overwrite)
+    if base is not None:
+        both, count = merge_onto(subject, target, dtype, base, make_reporter(), overwrite=overwrite)
+        facts = {**vars(both[base]), "base": base, "compared": {name: vars(one) for name, one in both.items()}}
+        said = [_agreement(f"onto the {name} base, compared", one) for name, one in both.items()]
     else:
-        found, count = merge_onto(subject, target, dtype, base, make_reporter(), overwrite=overwrite)
-        agreement = found[base]
+        done = run_merge(subject, target, dtype, make_reporter(), overwrite=overwrite, verify=verify)
+        count, (facts, said) = done.count, _proven(done)
     if json:
-        compared = {"base": base, "compared": {name: vars(one) for name, one in found.items()}} if found else {}
-        console.print_json({"folder": str(target), "merged_weights": count, **vars(agreement), **compared})
+        console.print_json({"folder": str(target), "merged_weights": count, **facts})
         return
     console.stdout.print(f"merged {count} weights into {target}")
-    for name, one in found.items():
-        console.stdout.print(_agreement(f"onto the {name} base, compared", one))
-    if not found:
-        console.stdout.print(_agreement("verified", agreement))
+    for line in said:
+        console.stdout.print(line)
+
+
+def _proven(done: Merged) -> tuple[dict[str, Any], list[str]]:
+    """Returns what was found of a merge, for scripts and in sentences."""
+    facts: dict[str, Any] = {"layers": done.layers, "max_layer_difference": done.layer_difference}
+    difference = f"{done.layer_difference:.1e} of a layer's largest output"
+    said = [f"verified {done.layers} layers: largest difference {difference}"]
+    if done.agreement is not None:
+        facts |= vars(done.agreement)
+        said.append(_agreement("verified", done.agreement))
+    return facts, said
 
 
 def export(

@@ -138,8 +138,8 @@ class _Encoder:
         bad: dict[int, BadRow] = {}
         for index, row in zip(indices, self.rows.take(indices), strict=True):
             try:
-                known = renamed(row, self.data.columns)
-                kept.append((index, self.meaning.task_number(known), self._read(known)))
+                named = renamed(row, self.data.columns)
+                kept.append((index, self.meaning.task_number(named), self._read(named)))
             except BadRow as error:
                 bad[index] = error
         chats = iter(self.renderer.answers([one for _, _, one in kept if isinstance(one, Conversation)]))

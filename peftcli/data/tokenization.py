@@ -129,8 +129,7 @@ def _dataset(
 def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Returns the ids of each text, with the special tokens that the tokenizer adds by itself, but never two BOS."""
     batch: Any = tokenizer(list(texts), return_attention_mask=False, return_token_type_ids=False, verbose=False)
-    bos = tokenizer.bos_token_id
-    return [ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids for ids in batch["input_ids"]]
+    return [without_second_bos(ids, tokenizer) for ids in batch["input_ids"]]
 
 
 def without_second_bos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:

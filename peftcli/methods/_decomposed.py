@@ -23,8 +23,8 @@ class LowRank(Protocol):
 
     dropout: float
 
-    def update(self, y: Tensor, x: Tensor) -> Tensor:
-        """Returns `y + s·drop(x) Aᵀ Bᵀ` [..., O], written into `y` where possible."""
+    def forward(self, base: Base, x: Tensor) -> Tensor:
+        """Returns `x Wᵀ + b + s·drop(x) Aᵀ Bᵀ` [..., O], a fresh tensor."""
         ...
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
@@ -83,7 +83,7 @@ class Decomposition(nn.Module):
             return decomposition.rescale_rows(h, base.bias, g, kept=self.kept and may_be_written(h))
         if self.training and inner.dropout and self.dropout_mode == "paper" and base.kind != "embedding":
             return self._output_as_in_paper(base, x, inner, g)
-        return decomposition.rescale_rows(inner.update(base.forward(x), x), base.bias, g, kept=self.kept)
+        return decomposition.rescale_rows(inner.forward(base, x), base.bias, g, kept=self.kept)
 
     def norms(self, base: Base, inner: LowRank | None) -> Tensor:
         """Returns `n` [O], the row norms of `V`, in float32 or wider.

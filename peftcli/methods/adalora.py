@@ -32,7 +32,7 @@ from peftcli.errors import RecipeError
 from peftcli.methods._protocol import Base, Method, Shared, Site, Targets
 from peftcli.ops import allocation
 from peftcli.ops.dropout import dropout
-from peftcli.ops.low_rank import add_low_rank, merged_low_rank
+from peftcli.ops.low_rank import forward_low_rank, merged_low_rank
 
 RANK_OFFSET = 1e-5
 """What the authors' code adds to r in the scale; left out, a file would load with other values."""
@@ -108,7 +108,7 @@ class AdaLoRA(Method):
         self.kept: Tensor
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
-        return add_low_rank(base.forward(x), dropout(x, self.dropout) if self.training else x, *self.factors())
+        return forward_low_rank(base.forward, x, dropout(x, self.dropout) if self.training else x, *self.factors())
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         """Returns `diag(E) A` [r, I], `B` [O, r] and `s`."""

@@ -34,7 +34,7 @@ from peftcli.methods.lora import rank_problems
 from peftcli.ops.clustering import num_clusters
 from peftcli.ops.dropout import dropout
 from peftcli.ops.heads import add_heads, gates
-from peftcli.ops.low_rank import merged_low_rank
+from peftcli.ops.low_rank import merged_low_rank, read
 
 MOST_HEADS = 10
 """The most heads that `auto` finds: as many as the paper used at most."""
@@ -80,11 +80,19 @@ class HydraLoRA(Method):
         self.num_gated = 0
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
-        y = base.forward(x)
-        x = x.to(self.A.dtype)
-        omega = gates(x, self.R)
+        x, u, omega = self._read(x)
         self._record(omega)
-        return add_heads(y, self._thin(x), omega, self.B, self.scale)
+        return add_heads(base.forward(x), u, omega, self.B, self.scale)
+
+    def _read(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns `x` for the frozen layer, `u` [..., 1 or N, r] and the gates [..., N]."""
+        exact = x.dtype == self.A.dtype == torch.promote_types(x.dtype, torch.float32)
+        if (self.training and self.dropout) or not exact or torch.is_autocast_enabled(x.device.type):
+            wide = x.to(self.A.dtype)
+            return x, self._thin(wide), gates(wide, self.R)
+        x, joint = read(x, torch.cat([self.A, self.R]))
+        u, logits = joint.split([len(self.A), self.num_heads], dim=-1)
+        return x, u.unsqueeze(-2), logits.softmax(dim=-1)
 
     def _thin(self, x: Tensor) -> Tensor:
         """Returns `u = drop(x) Aᵀ` [..., 1, r], or [..., N, r] where each head has a mask of its own."""

@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 from peftcli.methods._protocol import Base, Method, Shared, Site, Targets
 from peftcli.ops.dropout import dropout
-from peftcli.ops.low_rank import add_low_rank, as_input, merged_low_rank, projected_gradient
+from peftcli.ops.low_rank import as_input, forward_low_rank, merged_low_rank, projected_gradient
 
 Init = Literal["kaiming", "gaussian", "pissa", "orthogonal"]
 
@@ -120,14 +120,11 @@ class LoRA(Method):
         self.B0: Tensor | None
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
-        return self.update(base.forward(x), x)
-
-    def update(self, y: Tensor, x: Tensor) -> Tensor:
-        """Returns `y + s·drop(x) Aᵀ Bᵀ` [..., O], written into `y` where possible."""
         A, B, scale = self.factors()
         if self.kind == "embedding":
+            y: Tensor = base.forward(x)
             return y + F.linear(F.embedding(x, A.t()) * scale, B).to(y.dtype)
-        return add_low_rank(y, self.input(x), A, B, scale)
+        return forward_low_rank(base.forward, x, self.input(x), A, B, scale)
 
     def input(self, x: Tensor) -> Tensor:
         """Returns `drop(x)` [..., I] in A's dtype; one for all adapters of a parent that read the same `x`."""

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from peftcli.methods._protocol import Base, Kind, Method, Shared, Site, Targets, generator
 from peftcli.methods.lora import rank_problems
 from peftcli.ops.dropout import dropout
-from peftcli.ops.low_rank import add_low_rank, merged_low_rank
+from peftcli.ops.low_rank import forward_low_rank, merged_low_rank
 from peftcli.ops.vector_bank import logits_of_chosen, mixed_vectors, only_chosen
 
 BANK_BOUND = 0.02
@@ -119,7 +119,7 @@ class VBLoRA(Method):
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
         x_dropped = dropout(x, self.dropout) if self.training else x
-        return add_low_rank(base.forward(x), x_dropped, *self.low_rank(), 1.0)
+        return forward_low_rank(base.forward, x, x_dropped, *self.low_rank(), 1.0)
 
     def merged(self, weight: Tensor) -> Tensor:
         return merged_low_rank(weight, *self.low_rank(), 1.0)

@@ -100,15 +100,11 @@ class VeRA(Method):
         )
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
-        return self.update(base.forward(x), x)
-
-    def update(self, y: Tensor, x: Tensor) -> Tensor:
-        """Returns `y + b ⊙ ((d ⊙ (drop(x) Aᵀ)) Bᵀ)` [..., O], written into `y` where possible."""
         A, B, scale = self.factors()
         p = self.dropout if self.training else 0.0
         key = p, torch.is_autocast_enabled(x.device.type)
         u = self.shared_input.once(self.name, x, key, lambda: thin(dropout(x, p), A))  # A is the same for all
-        return add_expanded(y, u, B, scale)
+        return add_expanded(base.forward(x), u, B, scale)
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         """Returns `A` [r, I], `diag(b) B diag(d)` [O, r] and 1: a LoRA's factors and scale.

@@ -93,10 +93,15 @@ def _rescale_(h: Tensor, bias: Tensor | None, g: Tensor) -> Tensor:
 def _gradients(dy: Tensor, z: Tensor, bias: Tensor | None, g: Tensor, *, needs_h: bool) -> tuple[Tensor | None, Tensor]:
     """Returns `∂L/∂h = g ⊙ dy` [..., O] and `Σ dy ⊙ (z − b)` [O], summed over all places, in `g`'s dtype or wider."""
     rows, wide = dy.reshape(-1, dy.shape[-1]), torch.promote_types(dy.dtype, g.dtype)
-    summed = torch.linalg.vecdot(z.reshape(rows.shape).to(wide), rows.to(wide), dim=0)
+    product = z.reshape(rows.shape).to(wide) * rows
+    summed = product.sum(dim=0)
     if bias is not None:
         summed = summed - bias * rows.sum(dim=0, dtype=wide)
-    return (g * dy).to(dy.dtype) if needs_h else None, summed
+    if not needs_h:
+        return None, summed
+    # Where nothing is rounded, into the product, which has done its work: one tensor of [..., O] less.
+    dh = torch.mul(rows, g, out=product) if wide == dy.dtype else (g * rows).to(dy.dtype)
+    return dh.view(dy.shape), summed
 
 
 class _Rescale(torch.autograd.Function):

@@ -83,7 +83,9 @@ def check_packing(loaded: LoadedRecipe, method: type[Method], config: MethodConf
         )
 
 
-def try_joining(model: PreTrainedModel, device: torch.device, longest: int, obstacle: str | None = None) -> Joins:
+def try_joining(
+    model: PreTrainedModel, device: torch.device, longest: int, obstacle: str | None = None, *, by_sample: bool = True
+) -> Joins:
     """Returns whether a causal language model's samples may be joined, having tried it.
 
     On a CPU the model's attention becomes that of `peftcli.attention` where it can do with it.
@@ -93,20 +95,23 @@ def try_joining(model: PreTrainedModel, device: torch.device, longest: int, obst
         device: Where it will compute.
         longest: Tokens of the longest sample.
         obstacle: What keeps the method's samples apart, if anything does.
+        by_sample: Whether attention may be computed sample by sample, which is another code for each batch.
     """
     name = f"{model.config.model_type} with {model.config._attn_implementation} attention"
     if obstacle is not None:
         return Joins(False, why_not=obstacle)
     window = attention.window(model)
     if window is None or longest <= window:
-        undo = attention.use(model, device)
+        undo = attention.use(model, device) if by_sample else None
         if attention.knows_samples(model) and checks.joins_exactly(model):
             return Joins(True, free=True)
         if undo is not None:
             undo()
     if not checks.joins_exactly(model, rows=2):
         return Joins(False, why_not=f"{name} cannot keep joined samples apart")
-    whole = f"the longest sample has more than the {window:,} tokens of a layer's window" if window else name
+    whole = "the layers are compiled" if not by_sample else name
+    if by_sample and window:
+        whole = f"the longest sample has more than the {window:,} tokens of a layer's window"
     return Joins(True, why_not=f"{whole}: a mask hides what it computes between samples")
 
 
@@ -121,7 +126,8 @@ def settle_joining(
     data = wanted.data
     if wanted.model.task != "causal-lm" or (data.padding_free is False and not data.packing):
         return Joins(False)
-    found = try_joining(model, device, longest, obstacle)
+    # Compiled layers take joined samples under a mask: cut up by their lengths they would be compiled ever anew.
+    found = try_joining(model, device, longest, obstacle, by_sample=not wanted.training.torch_compile)
     if not found.allowed:
         for key, wants, other in (
             ("packing", data.packing, "false"),

@@ -16,7 +16,7 @@ from peftcli import files, models
 from peftcli import merge as merging
 from peftcli.checkpoint import adapter as adapter_files
 from peftcli.errors import RecipeError
-from peftcli.merge import Agreement
+from peftcli.merge import Agreement, LayerProof
 from peftcli.quantization import computing_dtypes, is_int8
 from peftcli.reporting import Reporter
 from peftcli.run.opening import load_weights, open_base
@@ -34,21 +34,57 @@ BASES = ("dequantised", "original")
 """What an adapter that was trained on a packed base can be merged into."""
 
 
+@dataclass(frozen=True)
+class Merged:
+    """A merge that was proven.
+
+    Attributes:
+        count: How many weights were merged.
+        layers: How many layers were compared one by one.
+        layer_difference: The largest difference of two of their outputs, relative to that layer's largest.
+        agreement: How far the whole models are apart, where they were compared.
+    """
+
+    count: int
+    layers: int
+    layer_difference: float
+    agreement: Agreement | None = None
+
+
 def merge(
-    subject: Subject, target: Path, dtype: str | None, reporter: Reporter, *, overwrite: bool
-) -> tuple[Agreement, int]:
+    subject: Subject,
+    target: Path,
+    dtype: str | None,
+    reporter: Reporter,
+    *,
+    overwrite: bool,
+    verify: str | None = None,
+) -> Merged:
     """Writes the merged model to `target`, proves it against base and adapter, and returns how well they agree.
 
-    The folder appears only if the proof succeeds. Returned with the agreement: how many weights were merged.
+    The folder appears only if the proof succeeds.
+
+    Args:
+        subject: What to merge.
+        target: Where to.
+        dtype: The dtype to write; None keeps each weight's own.
+        reporter: Where progress goes.
+        overwrite: Replace what `target` holds.
+        verify: What is compared: `layers`, each adapted one on random inputs as it is merged, or `logits`, of whole
+            models on held-out samples, too, which needs two of them in memory, one after the other. None: the layers,
+            but the logits where the base is held packed, since what its layers compute is decided by their kernels.
 
     Raises:
         RecipeError: The method has no merged form.
         HostError: `target` is in the way.
         ModelError: The adapter does not fit, or the merged model is not the adapted one.
     """
-    with _opened(subject, target, dtype, reporter, overwrite=overwrite) as (work, new):
-        count = work.write(new, work.packing)
-        return work.proven(new), count
+    whole = verify == "logits" or (verify is None and subject.base.quantization is not None)
+    inputs = proof_inputs(subject) if whole else []
+    with _opened(subject, target, dtype, inputs, reporter, overwrite=overwrite) as (work, new):
+        count, proof = work.write(new, work.packing)
+        agreement = work.proven(new) if whole else None
+    return Merged(count, proof.layers, proof.max_difference, agreement)
 
 
 def merge_onto(
@@ -65,7 +101,8 @@ def merge_onto(
         ModelError: As `merge`.
     """
     require_two_bases(subject)
-    with _opened(subject, target, dtype, reporter, overwrite=overwrite, onto=base) as (work, new):
+    inputs = proof_inputs(subject)
+    with _opened(subject, target, dtype, inputs, reporter, overwrite=overwrite, onto=base) as (work, new):
         count, found = 0, {}
         with tempfile.TemporaryDirectory(
             dir=new.parent, prefix=f".{target.name}-", suffix=files.TEMPORARY_SUFFIX
@@ -73,7 +110,7 @@ def merge_onto(
             for name in BASES:
                 folder = new if name == base else Path(at)
                 packing = work.packing if name == "dequantised" else None
-                count = work.write(folder, packing)
+                count, _ = work.write(folder, packing, f"merging into the {name} weights")
                 found[name] = work.measured(folder) if packing is None else work.proven(folder)
         return found, count
 
@@ -131,15 +168,19 @@ class _Work:
     expected: list[Tensor] | None = None
     computed_in: frozenset[torch.dtype] = frozenset()
 
-    def write(self, new: Path, packing: Packing | None) -> int:
-        """Writes the model merged into what `packing` makes of the base; returns how many weights were merged."""
-        base = self.subject.base
-        self.reporter.stage("merging the weights")
+    def write(self, new: Path, packing: Packing | None, stage: str = "merging the weights") -> tuple[int, LayerProof]:
+        """Writes the model merged into what `packing` makes of the base, and proves each layer.
+
+        Returned: how many weights were merged, and the proof.
+        """
+        base, proof = self.subject.base, LayerProof()
+        self.reporter.stage(stage)
         stored = base.quantization if base.comes_packed else None
-        count = merging.merge_files(self.folder, self.skeleton, self.subject.adapter, new, self.dtype, packing, stored)
+        adapter = self.subject.adapter
+        count = merging.merge_files(self.folder, self.skeleton, adapter, new, self.dtype, packing, stored, proof)
         with files.explained(new):
             base.processor.save_pretrained(new)
-        return count
+        return count, proof
 
     def measured(self, new: Path) -> Agreement:
         """Returns how far the model in `new` is from base and adapter."""
@@ -182,6 +223,7 @@ def _opened(
     subject: Subject,
     target: Path,
     dtype: str | None,
+    inputs: list[dict[str, Tensor]],
     reporter: Reporter,
     *,
     overwrite: bool,
@@ -193,7 +235,7 @@ def _opened(
     """
     require_mergeable(subject)
     check_target(subject, target, overwrite=overwrite)
-    inputs, base = proof_inputs(subject), subject.base
+    base = subject.base
     wanted = getattr(torch, dtype) if dtype is not None else None
     if wanted is None and base.comes_packed:  # what its weights were before they were packed
         wanted = getattr(base.config, "dtype", None) or torch.float32

@@ -15,11 +15,12 @@ from peftcli import files, inject, manifest, models, processes, quantization, re
 from peftcli.checkpoint import adapter as adapter_files
 from peftcli.data.batching import Batcher, PackBatcher
 from peftcli.data.meaning import write_meaning
+from peftcli.data.packing import PackPlan
 from peftcli.data.preview import Segment, render
 from peftcli.recipe import LoadedRecipe, Recipe
 from peftcli.reporting import Reporter, Silent
 from peftcli.run import RECIPE_FILE, execution, remarks
-from peftcli.run.batches import Joins, check_packing, longest_sample, packed, settle_joining, step_plan
+from peftcli.run.batches import Joins, check_packing, longest_sample, settle_joining, step_plan
 from peftcli.run.folder import TrainOptions, checkpoint_for_all, open_folder
 from peftcli.run.opening import (
     Base,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from peftcli.data import PreparedData
+    from peftcli.data.sampling import Plan
     from peftcli.methods._protocol import Method, MethodConfig
     from peftcli.training.distributed import Processes
     from peftcli.training.head import Finish
@@ -61,6 +63,7 @@ class Job:
         method: The method.
         config: Its Config.
         data: The encoded samples.
+        plan: Which of them each step takes.
         joins: Whether samples may be joined.
         finish: What a language model does to its head's logits; None where that is not known.
         counts: How many parameters are which, counted before the base was spread.
@@ -74,6 +77,7 @@ class Job:
     method: type[Method]
     config: MethodConfig
     data: PreparedData
+    plan: Plan
     joins: Joins
     finish: Finish | None
     counts: dict[str, int | float]
@@ -155,14 +159,15 @@ def _open_job(
     prepared = encode_data(wanted, raw, base)
     remarks.note_data(prepared, base, reporter)
     config = settle(loaded, method, config, base, prepared, group.count)
-    if wanted.data.packing:
-        reporter.note(f"packing: {packed(wanted, prepared.train, method.num_virtual_tokens(config)).describe()}")
+    num_virtual = method.num_virtual_tokens(config)
+    plan = step_plan(wanted, prepared.train, num_virtual, group.place.rank, group.count)
+    if isinstance(plan, PackPlan):
+        reporter.note(f"packing: {plan.packs.describe()}")
     show(render(prepared.train, 0, base.processor, prepared.meaning.labels))
     reporter.stage("loading the base model")
     # What is to be spread need not fit on one device: it goes there layer by layer.
     home = torch.device("cpu") if spread else None
     model, fresh = load_weights(base, group.device, wanted.training.seed, reporter, wide=fit.trains_base, hold_on=home)
-    num_virtual = method.num_virtual_tokens(config)
     longest = longest_sample(prepared) + num_virtual
     joins = settle_joining(wanted, model, group.device, longest, method.obstacle(config, "flat"), reporter)
     finish = remarks.finish_of(wanted.model.task, model, reporter)
@@ -182,7 +187,7 @@ def _open_job(
     if spread:
         reporter.note(execution.spread(model, settings, group))
     folder = Path(wanted.output_dir or "runs")
-    return Job(wanted, folder, base, model, method, config, prepared, joins, finish, counts, group)
+    return Job(wanted, folder, base, model, method, config, prepared, plan, joins, finish, counts, group)
 
 
 def _write_start(job: Job) -> None:
@@ -223,8 +228,6 @@ def _task(job: Job, first_step: int, reporter: Reporter) -> Task:
     batcher = make_batcher(job.data.train, job.base, joins=job.joins.allowed, always=always, prompts=prompts)
     if job.recipe.data.packing:
         batcher = PackBatcher(cast("Batcher", batcher), by_row=not job.joins.free)
-    num_virtual = job.method.num_virtual_tokens(job.config)
-    place = job.group.place
     learning_rate = settings.learning_rate or job.method.default_learning_rate
     return Task(
         run=job.folder,
@@ -234,7 +237,7 @@ def _task(job: Job, first_step: int, reporter: Reporter) -> Task:
         learning_rate=learning_rate,
         head_learning_rate=settings.head_learning_rate or job.method.default_head_learning_rate or learning_rate,
         objective=objective(task, kind, job.finish),
-        plan=step_plan(job.recipe, job.data.train, num_virtual, place.rank, job.group.count),
+        plan=job.plan,
         batcher=batcher,
         evaluate=eval_with,
         reporter=reporter,

@@ -42,7 +42,7 @@ def run(options: Options) -> list[Table]:
         ),
         table(
             "Peak over the model: Llama",
-            methods.with_inputs_that_need_a_gradient(methods.llama(num_layers=1 if small else 8)),
+            methods.with_inputs_that_need_a_gradient(methods.llama(small=small)),
             lambda model: model(input_ids=ids, labels=ids).loss.backward(),
             methods.ALL_LINEAR,
         ),

@@ -288,6 +288,8 @@ class TestUsage:
 
     def test_a_dtype_that_is_none(self, cli, tmp_path):
         assert_told(cli("merge", tmp_path, "--dtype", "int4"), 2, '--dtype: "int4"', hint=False)
+        assert_told(cli("merge", tmp_path, "--verify", "none"), 2, '--verify: "none" is none of layers', hint=False)
+        assert_told(cli("merge", tmp_path, "--base", "original", "--verify", "layers"), 2, "whole models are measured")
 
     def test_neither_run_nor_adapter(self, cli):
         for command in ("eval", "merge"):

@@ -69,11 +69,15 @@ class TestApplying:
     def test_merge(self, cli, run, tmp_path):
         code, stdout, stderr = cli("merge", "run", "-o", "there", "--json")
         report = json.loads(stdout)
-        assert (code, report["folder"], report["merged_weights"], report["same_choice"]) == (0, "there", 14, 1.0)
+        assert (code, report["folder"], report["merged_weights"], report["layers"]) == (0, "there", 14, 14)
+        assert "same_choice" not in report
         assert "merging the weights" in stderr
-        code, stdout, _ = cli("merge", "run", "--dtype", "bfloat16")
+        code, stdout, _ = cli("merge", "run", "--dtype", "bfloat16", "--verify", "logits")
         assert code == 0
-        assert stdout.startswith("merged 14 weights into run/merged\nverified on 45 positions: ")
+        said = stdout.splitlines()
+        assert said[0] == "merged 14 weights into run/merged"
+        assert said[1].startswith("verified 14 layers: largest difference ")
+        assert said[2].startswith("verified on 45 positions: ")
         assert json.loads((tmp_path / "run" / "merged" / "config.json").read_text())["dtype"] == "bfloat16"
 
     def test_generate(self, cli, run, tmp_path):

@@ -3,6 +3,7 @@ import multiprocessing
 import os
 import threading
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -92,7 +93,7 @@ def test_another_field_is_another_entry(change, encode, tokenizer):
 
 def test_a_changed_row_is_another_entry(encode, tokenizer):
     before = encode(ROWS, tokenizer)
-    stamp = os.stat("data.jsonl")
+    stamp = Path("data.jsonl").stat()
     text = "".join(json.dumps(row) + "\n" for row in ROWS).replace("It is 700,", "It is 007,")
     after = encode(text, tokenizer)
     os.utime("data.jsonl", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
@@ -256,7 +257,6 @@ def test_every_kind_of_sample_comes_back_as_it_was(tmp_path):
     for index, parts in enumerate(
         ([part(3), part(0), part(2, task=1)], [part(2)], [part(2, np.float32)], [EncodedDataset.of([])])
     ):
-        parts = [one for one in parts if len(one)] or parts
         folder = tmp_path / str(index)
         folder.mkdir()
         assert store.Writer(folder).gather(parts).fingerprint == EncodedDataset.join(parts).fingerprint

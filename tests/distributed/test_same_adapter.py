@@ -59,6 +59,11 @@ def runs(workplace):
         for strategy in STRATEGIES:
             halves = [f"training.per_device_train_batch_size={size}", f"distributed.strategy={strategy}"]
             together.append(workplace.job(f"further-{label}-{strategy}", path, *halves, *changes))
+    packing = ["data.packing=true", "data.max_length=24"]
+    alone.append(workplace.job("packed-one", path, *packing))
+    for strategy in STRATEGIES:
+        halves = ["training.per_device_train_batch_size=2", f"distributed.strategy={strategy}"]
+        together.append(workplace.job(f"packed-{strategy}", path, *halves, *packing))
     workplace.alone(alone)
     workplace.together(together)
     return workplace
@@ -104,6 +109,15 @@ def test_they_say_the_same_on_the_way(name, strategy, runs):
 @pytest.mark.parametrize("label", ["accumulated", "checkpointed"])
 def test_however_a_step_is_cut_up(label, strategy, runs):
     assert furthest(runs.adapter("further-one"), runs.adapter(f"further-{label}-{strategy}")) <= SAME_ON_RANKS
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_packs_are_shared_out(strategy, runs):
+    one, two = runs.manifest("packed-one"), runs.manifest(f"packed-{strategy}")
+    assert furthest(runs.adapter("packed-one"), runs.adapter(f"packed-{strategy}")) <= SAME_ON_RANKS
+    assert one["result"]["supervised_tokens"] == two["result"]["supervised_tokens"]
+    plain = runs.manifest("further-one")  # of which a step holds fewer samples
+    assert one["result"]["supervised_tokens"] > 1.5 * plain["result"]["supervised_tokens"]
 
 
 def test_processes_draw_noise_of_their_own(runs):

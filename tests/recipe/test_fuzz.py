@@ -130,13 +130,13 @@ def mutant(rng):
 
 def answer(file, overrides=()):
     """The recipe, or the refusal's text; any other exception is a failure of the test."""
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         result = load(file, overrides).recipe
     except RecipeError as error:
         result = str(error)
         result.encode()
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
     return result
 
 

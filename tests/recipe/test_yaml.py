@@ -240,6 +240,6 @@ def test_a_megabyte_of_anything_is_answered_quickly(unit, _loader):  # noqa: PT0
     # The loader in pure Python, for where libyaml is missing, takes about a second: here it only has to be linear.
     size = document.MAX_BYTES if _loader is LOADERS[-1] else document.MAX_BYTES // 8
     text = (unit * size)[: size - 1]
-    start = time.perf_counter()
+    start = time.process_time()
     refused(text)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2

@@ -10,9 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from peftcli.errors import DataError, HostError, ModelError, RecipeError
+from peftcli.merge import LAYER_TOLERANCE
+from peftcli.methods.lora import LoRA
 from peftcli.run import applying
+from peftcli.run.merging import merge as run_merge
 from peftcli.run.subject import DEFAULT_PROMPTS, open_subject, proof_inputs
 from tests.conftest import Recorder, write_jsonl
+from tests.run.merging import merge_and_compare
 
 
 @pytest.fixture
@@ -31,7 +35,7 @@ def evaluate(one, data=None, batch_size=None):
 
 
 def merge(one, target, dtype=None, overwrite=False):
-    return applying.merge(one, Path(target), dtype, Recorder(), overwrite=overwrite)
+    return merge_and_compare(one, Path(target), dtype, Recorder(), overwrite=overwrite)
 
 
 class TestSubjects:
@@ -159,6 +163,20 @@ class TestMerging:
         with pytest.raises(ModelError, match="the merged model differs from base and adapter"):
             merge(subject(run), "merged")
         assert not [entry for entry in Path().iterdir() if "merged" in entry.name]
+
+    def test_a_layer_that_is_merged_wrongly_leaves_nothing(self, run, monkeypatch):
+        right = LoRA.merged
+        monkeypatch.setattr(LoRA, "merged", lambda self, weight: right(self, weight) + 1e-3 * (weight > 0.05))
+        with pytest.raises(ModelError, match=r"layers.0.mlp.down_proj: the merged layer differs") as caught:
+            run_merge(subject(run), Path("merged"), None, Recorder(), overwrite=False)
+        assert "--verify logits" in caught.value.problems[0].hint
+        assert not [entry for entry in Path().iterdir() if "merged" in entry.name]
+
+    def test_layers_are_proven_without_a_model(self, run, monkeypatch):
+        monkeypatch.setattr("peftcli.run.merging.load_weights", None)
+        done = run_merge(subject(run), Path("merged"), None, Recorder(), overwrite=False)
+        assert (done.count, done.layers, done.agreement) == (14, 14, None)
+        assert 0 < done.layer_difference < LAYER_TOLERANCE
 
     def test_an_adapter_that_does_not_fit_leaves_nothing(self, run):
         tensors = load_file(run / "adapter_model.safetensors")

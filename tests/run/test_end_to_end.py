@@ -13,6 +13,7 @@ from peftcli.recipe import ModelSection
 from peftcli.run import applying
 from peftcli.run.subject import open_subject
 from tests.conftest import Recorder
+from tests.run.merging import merge_and_compare
 from tests.tolerances import EXACT, LOSS
 
 METHODS = ["lora", "dora"]
@@ -37,7 +38,7 @@ def evaluate(run=None, adapter=None, model=None, data=None, batch_size=None):
 
 def merge(run, target=None, dtype=None, overwrite=False, adapter=None):
     subject = open_subject(run, adapter, None)
-    return applying.merge(subject, target or run / "merged", dtype, Recorder(), overwrite=overwrite)
+    return merge_and_compare(subject, target or run / "merged", dtype, Recorder(), overwrite=overwrite)
 
 
 def generate(run=None, prompts=("the cat ? ",), adapter=None, with_base=True, **changes):
@@ -183,7 +184,7 @@ def test_an_adapter_that_peft_saved(recipe_file, model_folder, tmp_path, word_to
 
     target = tmp_path / "merged"
     subject = open_subject(None, tmp_path / "theirs", str(model_folder))
-    agreement, count = applying.merge(subject, target, None, Recorder(), overwrite=False)
+    agreement, count = merge_and_compare(subject, target, None, Recorder(), overwrite=False)
     assert (count, agreement.same_choice) == (4, 1.0)
 
 

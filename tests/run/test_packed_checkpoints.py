@@ -21,6 +21,7 @@ from peftcli.run.opening import load_weights, open_base
 from peftcli.run.subject import open_subject
 from tests.conftest import Recorder
 from tests.methods.building import assert_close
+from tests.run.merging import merge_and_compare
 from tests.run.packed import KINDS, change_config, save_packed
 from tests.run.tasks import recipe_of, save_families
 from tests.tolerances import PACKED
@@ -103,7 +104,7 @@ def test_from_recipe_to_merged_model(kind, packed_recipe, packed_folders, train)
     answers = list(applying.generate(subject, ["the cat"], {"max_new_tokens": 3}, "cpu", Recorder(), with_base=True))
     assert set(answers[0]) == {"prompt", "base", "adapter"}
 
-    agreement, count = applying.merge(subject, Path("merged"), "float32", Recorder(), overwrite=False)
+    agreement, count = merge_and_compare(subject, Path("merged"), "float32", Recorder(), overwrite=False)
     assert count == 14
     assert agreement.max_difference < 1e-5
     config = json.loads(Path("merged/config.json").read_text())
@@ -113,7 +114,7 @@ def test_from_recipe_to_merged_model(kind, packed_recipe, packed_folders, train)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     assert len(tensors) == 34
 
-    applying.merge(subject, Path("half"), None, Recorder(), overwrite=False)
+    merge_and_compare(subject, Path("half"), None, Recorder(), overwrite=False)
     tensors = {key: t for file in Path("half").glob("*.safetensors") for key, t in load_file(file).items()}
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     assert json.loads(Path("half/config.json").read_text())["dtype"] == "bfloat16"
@@ -213,7 +214,7 @@ def test_layers_that_were_left_dense_are_adapted_and_merged_as_such(model_folder
     subject = open_subject(Path("run"), None, None)
     model, _ = load_weights(subject.base, CPU)
     assert sum(quantization.is_quantised(module) for module in model.modules()) == 12
-    agreement, count = applying.merge(subject, Path("merged"), "float32", Recorder(), overwrite=False)
+    agreement, count = merge_and_compare(subject, Path("merged"), "float32", Recorder(), overwrite=False)
     assert (count, agreement.max_difference < 1e-5) == (14, True)
 
 
@@ -227,7 +228,7 @@ def test_a_new_head_on_it_is_dense_and_trains(recipe_file, train, tmp_path):
     train(recipe_file(**sections), reporter=recorder)
     assert any("classifier.bias, classifier.weight: they start from random numbers" in note for note in recorder.notes)
     subject = open_subject(Path("run"), None, None)
-    agreement, _ = applying.merge(subject, Path("merged"), "float32", Recorder(), overwrite=False)
+    agreement, _ = merge_and_compare(subject, Path("merged"), "float32", Recorder(), overwrite=False)
     assert agreement.max_difference < 1e-5
 
 

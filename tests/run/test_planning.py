@@ -180,9 +180,9 @@ def test_nothing_of_a_models_size_is_made(recipe_file, config_only, plan, monkey
         {"type": "waveft"},
         {"type": "adalora"},
     ):
-        started = time.monotonic()
+        started = time.process_time()
         facts = plan(recipe_file(model={"name": name}, data={"train": "none", "eval": None}, method=method))
-        assert time.monotonic() - started < SECONDS_7B
+        assert time.process_time() - started < SECONDS_7B
         assert facts["base_params"] == 6_738_415_616
         assert facts["adapted_modules"] == 32 * 7
         (model,) = seen

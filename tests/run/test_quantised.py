@@ -16,6 +16,7 @@ from peftcli.run.merging import merge_onto
 from peftcli.run.opening import load_weights, open_base
 from peftcli.run.subject import open_subject
 from tests.conftest import Recorder
+from tests.run.merging import merge_and_compare
 from tests.run.tasks import recipe_of, save_families
 from tests.tolerances import HALF
 
@@ -49,7 +50,7 @@ def test_from_recipe_to_merged_model(name, recipe_file, train, model_folder):
     assert set(answers[0]) == {"prompt", "base", "adapter"}
 
     recorder = Recorder()
-    agreement, count = applying.merge(subject, Path("run/merged"), None, recorder, overwrite=False)
+    agreement, count = merge_and_compare(subject, Path("run/merged"), None, recorder, overwrite=False)
     assert (count, agreement.same_choice) == (14, 1.0)
     assert agreement.max_difference < 1e-5
     assert recorder.notes[0].startswith("the 14 linear layers that were held in nf4 become the weights")
@@ -89,7 +90,7 @@ def test_the_shorthand_is_the_long_form(recipe_file, train):
 def test_layers_that_are_not_adapted_are_merged_as_they_were_held(recipe_file, train, model_folder):
     train(recipe_file(method={"type": "lora", "r": 4, "target_modules": ["q_proj"]}, quantization=NF4))
     subject = open_subject(Path("run"), None, None)
-    assert applying.merge(subject, Path("merged"), None, Recorder(), overwrite=False)[1] == 2
+    assert merge_and_compare(subject, Path("merged"), None, Recorder(), overwrite=False)[1] == 2
     stored, merged = (load_file(Path(folder) / "model.safetensors") for folder in (model_folder, "merged"))
     packing = quantization.Packing(recipe.QuantizationSection(), (), torch.float32)
     key = "model.layers.0.mlp.up_proj.weight"
@@ -101,7 +102,7 @@ def test_layers_that_are_not_adapted_are_merged_as_they_were_held(recipe_file, t
 def test_the_base_is_packed_as_the_merge_says_in_every_dtype(recipe_file, train):
     train(recipe_file(model={"dtype": "bfloat16"}, quantization={"type": "fp4", "double_quant": False}))
     subject = open_subject(Path("run"), None, None)
-    agreement, _ = applying.merge(subject, Path("merged"), "bfloat16", Recorder(), overwrite=False)
+    agreement, _ = merge_and_compare(subject, Path("merged"), "bfloat16", Recorder(), overwrite=False)
     assert agreement.max_difference < 2e-2  # the answers of a bfloat16 model against those of its bfloat16 twin
 
 
@@ -112,7 +113,7 @@ def test_what_computed_in_half_precision_is_compared_as_such(fields, recipe_file
     """As a run on a GPU asks for it: merged onto float32 weights, it is that far from the model that was trained."""
     train(recipe_file(method={"type": "vera", **SMALL["vera"]}, training={"learning_rate": 0.1}, **fields))
     subject = open_subject(Path("run"), None, None)
-    agreement, _ = applying.merge(subject, Path("merged"), "float32", Recorder(), overwrite=False)
+    agreement, _ = merge_and_compare(subject, Path("merged"), "float32", Recorder(), overwrite=False)
     assert 1e-4 < agreement.max_difference < HALF[torch.bfloat16]
     exported = export_as_lora(subject, Path("lora"), None, Recorder(), lossy=False, overwrite=False)
     assert exported.agreement.max_difference < HALF[torch.bfloat16]
@@ -162,14 +163,14 @@ def test_in_other_tasks(task, pooler, folders, recipe_file, train, tmp_path):
     count = {"sequence-classification": 12 + pooler, "token-classification": 12}.get(task)
     assert count is None or said.startswith(f"{count} linear layers")
     subject = open_subject(Path("run"), None, None)
-    agreement, _ = applying.merge(subject, Path("merged"), None, Recorder(), overwrite=False)
+    agreement, _ = merge_and_compare(subject, Path("merged"), None, Recorder(), overwrite=False)
     assert agreement.max_difference < 1e-5
 
 
 def test_biases_train_beside_packed_weights(recipe_file, train):
     train(recipe_file(method={"type": "bitfit"}, quantization=NF4))
     subject = open_subject(Path("run"), None, None)
-    agreement, _ = applying.merge(subject, Path("merged"), None, Recorder(), overwrite=False)
+    agreement, _ = merge_and_compare(subject, Path("merged"), None, Recorder(), overwrite=False)
     assert agreement.max_difference < 1e-5
     with pytest.raises(ModelError, match=r"quantization\.compute_dtype: .* bfloat16 would round"):
         train(recipe_file(method={"type": "bitfit"}, quantization={"compute_dtype": "bfloat16"}), overwrite=True)
@@ -237,7 +238,7 @@ def test_int8_from_recipe_to_merged_model(name, recipe_file, train, model_folder
 
     subject = open_subject(Path("run"), None, None)
     recorder = Recorder()
-    agreement, count = applying.merge(subject, Path("run/merged"), None, recorder, overwrite=False)
+    agreement, count = merge_and_compare(subject, Path("run/merged"), None, recorder, overwrite=False)
     assert (count, agreement.same_choice) == (14, 1.0)
     assert agreement.max_difference < 1e-5
     assert any(note.startswith("int8 rounds the inputs of its layers too") for note in recorder.notes)
@@ -264,7 +265,7 @@ def test_skipped_layers_are_dense_wherever_the_run_goes(recipe_file, train, mode
     model, _ = load_weights(subject.base, torch.device("cpu"))
     assert sum(quantization.is_quantised(module) for module in model.modules()) == 8
     recorder = Recorder()
-    agreement, _ = applying.merge(subject, Path("merged"), None, recorder, overwrite=False)
+    agreement, _ = merge_and_compare(subject, Path("merged"), None, recorder, overwrite=False)
     assert agreement.max_difference < 1e-5
     assert recorder.notes[0].startswith("the 8 linear layers that were held in nf4")
     found = applying.evaluate(subject, None, None, "cpu", Recorder())
@@ -320,7 +321,7 @@ class TestBothBases:
 
     def test_into_the_dequantised_ones_it_is_the_default_with_both_errors(self, subject):
         found, _ = merge_onto(subject, Path("merged"), None, "dequantised", Recorder(), overwrite=False)
-        agreement, _ = applying.merge(subject, Path("plain"), None, Recorder(), overwrite=False)
+        agreement, _ = merge_and_compare(subject, Path("plain"), None, Recorder(), overwrite=False)
         assert found["dequantised"] == agreement
         assert found["original"].max_difference > 100 * agreement.max_difference
         assert Path("merged/model.safetensors").read_bytes() == Path("plain/model.safetensors").read_bytes()

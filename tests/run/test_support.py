@@ -160,7 +160,7 @@ def test_merge(name, write, train, cli, record):
     train(write(name, "causal-lm", learning_rate=0.01))
     method = methods.load(name)
     config = method.Config.model_validate(recipe.load(Path("run/recipe.yaml")).recipe.method)
-    code, stdout, stderr = cli("merge", "run", "--json")
+    code, stdout, stderr = cli("merge", "run", "--verify", "logits", "--json")
     if method.unmergeable(config) is None:
         assert code == 0, stderr
         assert json.loads(stdout)["max_difference"] < EXACT

@@ -77,7 +77,7 @@ def test_from_recipe_to_merged_model(case, task_recipe, train, cli):
     found = facts["result"]["eval"]
     assert found.keys() - {"eval_loss"} == {f"eval_{name}" for name in CASES[case][3]}
     assert all(math.isfinite(value) for value in found.values())
-    code, stdout, _ = cli("merge", "run", "--json")
+    code, stdout, _ = cli("merge", "run", "--verify", "logits", "--json")
     assert code == 0
     assert json.loads(stdout)["max_difference"] < 1e-4
     code, stdout, _ = cli("eval", "run", "--json")
@@ -109,7 +109,7 @@ def test_images(recipe_file, families, tmp_path, train, cli):
     )
     found = train(path)["result"]["eval"]
     assert found["eval_accuracy"] == 1
-    code, stdout, _ = cli("merge", "run", "--json")
+    code, stdout, _ = cli("merge", "run", "--verify", "logits", "--json")
     assert code == 0
     assert json.loads(stdout)["max_difference"] < 1e-4
     code, stdout, _ = cli("eval", "run", "--json")

@@ -25,7 +25,7 @@ def bench(*arguments):
     )
 
 
-def test_every_part_is_named_and_can_run():
+def test_every_part_is_a_module():
     modules = {path.stem for path in (REPOSITORY / "scripts/bench").glob("*.py")}
     assert set(PARTS) <= modules
 
@@ -78,27 +78,29 @@ def test_figures_keep_the_digits_that_count(cell, text):
     assert shown(cell) == text
 
 
-def in_process_parts():
-    """The parts that run on small models of their own."""
-    return [part for part in PARTS if part not in ("end_to_end",)]
+IN_PROCESS = [part for part in PARTS if part != "end_to_end"]
+"""The parts that run on small models of their own."""
 
 
-@pytest.mark.parametrize("part", in_process_parts())
-def test_a_part_measures_something(part):
-    done = bench(part, "--smoke", "--json", "--threads", "1")
+@pytest.fixture(scope="module")
+def smoke():
+    """What those parts find, in one process: most of the time goes into its imports."""
+    done = bench(*IN_PROCESS, "--smoke", "--json", "--threads", "1")
     assert done.returncode == 0, done.stderr
-    tables = json.loads(done.stdout)["parts"][part]
-    figures = [cell for table in tables for row in table["rows"].values() for cell in row.values()]
+    return json.loads(done.stdout)["parts"]
+
+
+@pytest.mark.parametrize("part", IN_PROCESS)
+def test_a_part_measures_something(part, smoke):
+    figures = [cell for table in smoke[part] for row in table["rows"].values() for cell in row.values()]
     numbers = [cell for cell in figures if isinstance(cell, int | float)]
     assert numbers
     assert all(math.isfinite(number) for number in numbers)
     assert all(number >= 0 for number in numbers)
 
 
-def test_the_loss_is_measured_both_ways():
-    done = bench("loss", "--smoke", "--json", "--threads", "1")
-    assert done.returncode == 0, done.stderr
-    (table,) = json.loads(done.stdout)["parts"]["loss"]
+def test_the_loss_is_measured_both_ways(smoke):
+    (table,) = smoke["loss"]
     (row,) = table["rows"].values()
     assert set(row) == {"plain MB", "chunked MB", "plain seconds", "chunked seconds", "ratio"}
     assert row["ratio"] == pytest.approx(row["chunked seconds"] / row["plain seconds"])

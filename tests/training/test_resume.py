@@ -112,6 +112,20 @@ def test_interrupted_and_resumed_to_the_bit(stopping_recipe, train, whole, tmp_p
     assert facts["result"]["eval"] == uninterrupted["result"]["eval"]
 
 
+@pytest.mark.parametrize("laid_out", ["data.packing=true", "training.group_by_length=true"])
+def test_packed_or_grouped_by_length(stopping_recipe, train, tmp_path, laid_out):
+    own = [laid_out, "data.max_length=40"]
+    if "group" in laid_out:
+        own.append("data.padding_free=false")
+    path = stopping_recipe()
+    train(path, *own, f"output_dir={tmp_path / 'whole'}")
+    interrupt(train, path, *own, at=4)
+    recorder = Recorder()
+    train(path, *own, resume=True, reporter=recorder)
+    assert recorder.first_step == 4
+    assert_same(tmp_path / "run", tmp_path / "whole")
+
+
 @pytest.fixture(scope="module")
 def wide_model(tmp_path_factory, word_tokenizer):
     """A base for adapters with matrices of more than 4,096 numbers beside smaller ones."""
