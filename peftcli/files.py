@@ -178,16 +178,24 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def waited_for(path: Path) -> Iterator[None]:
-    """Holds the lock file `path` while entered, after waiting for who does; the lock ends with the process at the latest.
+def file_lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Holds the lock file `path` while entered; the lock goes with the process, however that ends.
+
+    Args:
+        path: The file, which is made if it is missing and stays.
+        wait: Wait for who holds it. Otherwise yields whether it could be had at once.
 
     Raises:
         OSError: Files cannot be locked there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def cache_folder() -> Path:

@@ -8,17 +8,16 @@ The first process to come holds a lock while it encodes; the others of a machine
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import json
 import os
 import shutil
-import time
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from peftcli import files
@@ -42,8 +41,7 @@ MIN_BYTES = 4_000_000
 MAX_BYTES = 20_000_000_000
 """As much is kept in all; what was not used for the longest time goes first."""
 
-ABANDONED_SECONDS = 7 * 24 * 3600
-"""What is unfinished for as long was left by a process that was killed."""
+LOCKS = ".locks"
 
 
 @dataclass(frozen=True)
@@ -71,58 +69,78 @@ def encode_or_load(job: Job) -> tuple[EncodedDataset, EncodingReport, str | None
         DataError: See `encoding.encode`.
         ModelError: See `encoding.encode`.
     """
+    cache_folder = files.cache_folder() / "data"
     large, wanted = job.rows.num_bytes >= MIN_BYTES, job.data.cache
     key = key_of(job) if wanted is True or (large and wanted == "auto") else None
-    if key is not None:
-        return _kept(job, files.cache_folder() / "data", key)
     remark = "encoded anew in each run: this tokenizer or dataset has no digest" if wanted is True else None
-    return (*(_in_passing(job) if large else job.encode()), remark)
-
-
-def _kept(job: Job, cache_folder: Path, key: str) -> tuple[EncodedDataset, EncodingReport, str | None]:
-    """Returns what the cache has under `key`; encodes it first if it has nothing, or nothing that is whole."""
-    folder = cache_folder / key
     try:
-        with files.waited_for(cache_folder / ".locks" / key):
-            there = folder.exists()
-            found = store.load(folder) if there else None
-            if found is not None:
-                os.utime(folder)
-                return (*found, f"encoded before, and taken from {folder}")
-            with files.new_folder(folder) as fresh:
-                found = job.encode(store.Writer(fresh).gather)
-                store.write_facts(fresh, *found)
+        if key is not None:
+            return _kept(job, cache_folder, key)
+        if large:
+            cache_folder.mkdir(parents=True, exist_ok=True)
+            return (*job.encode(store.Writer.unnamed(cache_folder).gather), remark)
     except (OSError, HostError) as error:
-        return (*job.encode(), f"encoded, and not kept for later runs: {error}")
-    damage = "; what was there was damaged" if there else ""
+        remark = f"held in memory, and not kept for later runs: {error}"
+    return (*job.encode(), remark)
+
+
+def _kept(job: Job, cache_folder: Path, key: str) -> tuple[EncodedDataset, EncodingReport, str]:
+    """Returns what the cache has under `key`; encodes it first if it has nothing, or nothing that is whole.
+
+    Who only reads needs no lock: an entry appears as a whole. Who waited for another to encode reads what that one has
+    made, at the same time as others who waited.
+    """
+    folder = cache_folder / key
+    while True:
+        seen = store.version_of(folder)
+        found = store.load(folder)
+        if found is not None:
+            with contextlib.suppress(OSError):  # another user's cache, which may be read alone
+                os.utime(folder)
+            return (*found, f"encoded before, and taken from {folder}")
+        with files.file_lock(_lock_of(folder)):
+            if store.version_of(folder) == seen:
+                damaged = folder.exists()
+                with files.new_folder(folder) as fresh:
+                    encoded = job.encode(store.Writer.into(fresh).gather)
+                    store.write_facts(fresh, *encoded)
+                break
     total = trim(cache_folder, folder)
+    damage = "; what was there was damaged" if damaged else ""
     sizes = f"{store.size_of(folder) / 1e6:,.1f} MB, of {total / 1e6:,.1f} MB in all"
-    return (*found, f"encoded, and kept for later runs in {folder} ({sizes}){damage}")
+    return (*encoded, f"encoded, and kept for later runs in {folder} ({sizes}){damage}")
 
 
-def _in_passing(job: Job) -> Encoded:
-    """Returns the samples in files that nothing else can find, and that are gone when they are no longer used."""
-    with TemporaryDirectory(prefix="peftcli-") as folder:
-        return job.encode(store.Writer(Path(folder)).gather)
+def _lock_of(entry: Path) -> Path:
+    """Returns the file that is locked while an entry, finished or not, is made."""
+    return entry.parent / LOCKS / entry.name.partition(".")[0]
 
 
 def trim(cache_folder: Path, newest: Path) -> int:
-    """Removes what was not used for the longest time until all is within `MAX_BYTES`, and returns what is left.
+    """Removes what was left unfinished, and what was not used for the longest time until all is within `MAX_BYTES`.
 
-    A process that has mapped what is removed keeps it. `newest` stays in any case.
+    A process that has mapped what is removed keeps it. `newest` stays in any case. Returns the bytes that are left.
     """
-    entries = {}
+    entries = []
     for path in cache_folder.iterdir():
-        if path.is_dir() and path.name != ".locks":
-            entries[path] = (path.stat().st_mtime, store.size_of(path))
-    total = sum(size for _, size in entries.values())
-    for path, (used, size) in sorted(entries.items(), key=lambda entry: entry[1]):
-        unfinished = path.name.endswith(files.TEMPORARY_SUFFIX)
-        abandoned = unfinished and time.time() - used > ABANDONED_SECONDS
-        if abandoned or (total > MAX_BYTES and path != newest and not unfinished):
+        with contextlib.suppress(OSError):  # another process removes it, too
+            if path.name.endswith(files.TEMPORARY_SUFFIX):
+                _remove_abandoned(path)
+            elif path.name != LOCKS:
+                entries.append((path.stat().st_mtime, path, store.size_of(path)))
+    total = sum(size for _, _, size in entries)
+    for _, path, size in sorted(entries):
+        if total > MAX_BYTES and path != newest:
             shutil.rmtree(path, ignore_errors=True)
             total -= size
     return total
+
+
+def _remove_abandoned(unfinished: Path) -> None:
+    """Removes what a process that is gone has not finished, which shows in that nobody holds the lock."""
+    with files.file_lock(_lock_of(unfinished), wait=False) as free:
+        if free:
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def key_of(job: Job) -> str | None:
@@ -143,10 +161,11 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Returns a digest of what a tokenizer makes of texts and chats; None for one that does not tell."""
     if not tokenizer.is_fast:
         return None
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()  # the last call's settings are in its text, and every call sets them anew
+    backend.no_padding()
     facts: dict[str, Any] = {
-        # The last call's settings, which every call sets anew.
-        "backend": {name: value for name, value in backend.items() if name not in ("truncation", "padding")},
+        "backend": hashlib.sha256(backend.to_str().encode()).hexdigest(),
         "class": type(tokenizer).__qualname__,
         "special": tokenizer.special_tokens_map,
         "template": tokenizer.chat_template,

@@ -1,6 +1,6 @@
 """The lines of a text file, found once and read from the file when they are wanted.
 
-A file may be larger than memory: of each line that is not blank, only place and number are held, 16 bytes.
+A file may be larger than memory: of each line that is not blank, place and number are held, in 24 bytes.
 """
 
 from __future__ import annotations

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, get_args
+from tempfile import TemporaryFile
+from typing import IO, Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -29,34 +31,38 @@ _DTYPES = {
 
 
 class Writer:
-    """Appends samples to the files of a folder, so that memory never holds more than some of them."""
+    """Appends samples to files, so that memory never holds more than some of them."""
 
-    def __init__(self, folder: Path) -> None:
-        """Starts with the empty `folder`."""
-        self._folder = folder
-        self._open: dict[str, tuple[BinaryIO, str]] = {}
+    def __init__(self, create: Callable[[str], IO[bytes]]) -> None:
+        """Takes what makes an array's file, to write and read, by the array's name."""
+        self._create = create
+        self._files: dict[str, tuple[IO[bytes], str]] = {}
+        self._closing = ExitStack()
         self._ends = {"offsets": 0, "target_offsets": 0}
         self._any_task = False
         self._goal: Goal = "next-token"
 
+    @classmethod
+    def into(cls, folder: Path) -> Writer:
+        """Returns one whose files stay in `folder`."""
+        return cls(lambda name: (folder / f"{name}.bin").open("w+b"))
+
+    @classmethod
+    def unnamed(cls, folder: Path) -> Writer:
+        """Returns one whose files take room on the disk of `folder`, have no name, and end with their last user."""
+        return cls(lambda _: TemporaryFile(dir=folder))
+
     def gather(self, parts: Iterable[EncodedDataset]) -> EncodedDataset:
         """Writes the samples of all `parts` and returns them, mapped."""
-        with self:
+        with self._closing:
             for part in parts:
                 self._add(part)
-        shapes = {name: dtype for name, (_, dtype) in self._open.items() if name != "tasks" or self._any_task}
-        return _mapped(self._folder, shapes, self._goal)
-
-    def __enter__(self) -> Writer:
-        """Begins."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Closes the files."""
-        for file, _ in self._open.values():
-            file.close()
+            arrays = {}
+            for name, (file, dtype) in self._files.items():
+                file.flush()
+                if name != "tasks" or self._any_task:
+                    arrays[name] = _map(file, dtype)
+        return _dataset(arrays, self._goal)
 
     def _add(self, part: EncodedDataset) -> None:
         self._goal = part.goal
@@ -73,22 +79,21 @@ class Writer:
 
     def _append(self, name: str, values: npt.NDArray[Any]) -> None:
         dtype = values.dtype.newbyteorder("<").str
-        if name not in self._open:
-            self._open[name] = ((self._folder / f"{name}.bin").open("wb"), dtype)
-        file, known = self._open[name]
+        if name not in self._files:
+            self._files[name] = (self._closing.enter_context(self._create(name)), dtype)
+        file, known = self._files[name]
         assert dtype == known, f"{name} changes from {known} to {dtype}"
         file.write(np.ascontiguousarray(values, dtype).data)
 
     def _append_offsets(self, name: str, offsets: npt.NDArray[np.int64]) -> None:
         """Appends the ends of rows, counted from the first part's start, and once where the first row starts."""
-        first = name not in self._open
+        first = name not in self._files
         self._append(name, (offsets if first else offsets[1:]) + self._ends[name])
         self._ends[name] += int(offsets[-1])
 
 
-def _mapped(folder: Path, dtypes: dict[str, str], goal: Goal) -> EncodedDataset:
-    """Returns the samples in a folder's files. Writing to an array changes memory alone."""
-    arrays = {name: _map(folder / f"{name}.bin", dtype) for name, dtype in dtypes.items()}
+def _dataset(arrays: dict[str, npt.NDArray[Any]], goal: Goal) -> EncodedDataset:
+    """Returns the samples that are made of `arrays`."""
     found: dict[str, npt.NDArray[Any]] = {
         "input_ids": np.empty(0, np.int32),
         "supervised": np.empty(0, np.uint8),
@@ -107,10 +112,11 @@ def _mapped(folder: Path, dtypes: dict[str, str], goal: Goal) -> EncodedDataset:
     )
 
 
-def _map(path: Path, dtype: str) -> npt.NDArray[Any]:
-    if not path.stat().st_size:  # nothing cannot be mapped
+def _map(file: IO[bytes], dtype: str) -> npt.NDArray[Any]:
+    """Returns what a file holds. Writing to it changes memory alone."""
+    if not os.fstat(file.fileno()).st_size:  # nothing cannot be mapped
         return np.empty(0, dtype)
-    return np.asarray(np.memmap(path, dtype, "c"))
+    return np.asarray(np.memmap(file, dtype, "c"))
 
 
 def write_facts(folder: Path, dataset: EncodedDataset, report: EncodingReport) -> None:
@@ -132,24 +138,38 @@ def write_facts(folder: Path, dataset: EncodedDataset, report: EncodingReport) -
 def load(folder: Path) -> tuple[EncodedDataset, EncodingReport] | None:
     """Returns the samples and the report that were written to `folder`; None where any of it is not as it was.
 
-    All bytes are read, for the fingerprint, which a run needs anyway.
+    All bytes are read and hashed. A run needs that hash in any case, as its data's fingerprint, and every token of the
+    data; so what is damaged is noticed for nothing, and before it is learned.
     """
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
         report = EncodingReport(**facts["report"])
-        sizes = {name: (dtype, count) for name, (dtype, count) in facts["arrays"].items()}
-        if report.goal not in get_args(Goal) or not all(_fits(folder, name, *size) for name, size in sizes.items()):
+        if report.goal not in get_args(Goal):
             return None
-        dataset = _mapped(folder, {name: dtype for name, (dtype, _) in sizes.items()}, report.goal)
+        arrays = {name: _checked(folder, name, dtype, count) for name, (dtype, count) in facts["arrays"].items()}
+        dataset = _dataset(arrays, report.goal)
         if dataset.fingerprint == facts["sha256"]:
             return dataset, report
     return None
 
 
-def _fits(folder: Path, name: str, dtype: str, count: int) -> bool:
-    """Returns whether an array's file is of a known kind, and as long as it should be."""
-    known = dtype in _DTYPES[name]
-    return known and (folder / f"{name}.bin").stat().st_size == np.dtype(dtype).itemsize * count
+def _checked(folder: Path, name: str, dtype: str, count: int) -> npt.NDArray[Any]:
+    """Returns a stored array; raises a ValueError unless it is of a known kind, and as long as it should be."""
+    if dtype not in _DTYPES[name]:
+        raise ValueError(dtype)
+    with (folder / f"{name}.bin").open("rb") as file:
+        found = _map(file, dtype)
+    if len(found) != count:
+        raise ValueError(count)
+    return found
+
+
+def version_of(folder: Path) -> tuple[int, int] | None:
+    """Returns what is different once `folder` was written anew; None where there is nothing."""
+    with contextlib.suppress(OSError):
+        found = (folder / FACTS_FILE).stat()
+        return found.st_ino, found.st_mtime_ns
+    return None
 
 
 def size_of(folder: Path) -> int:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from scripts.bench.table import Table
 
-PARTS = ("end_to_end", "loss", "methods", "memory", "packing")
+PARTS = ("end_to_end", "loss", "methods", "memory", "packing", "tokenization")
 """The parts, in the order in which they run: those that start processes first, while this one is still small."""
 
 

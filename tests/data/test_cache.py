@@ -10,6 +10,7 @@ import pytest
 from chat_templates import CHATML, LLAMA3
 from tokenizers import AddedToken
 
+from peftcli import files
 from peftcli.data import cache, prepare, read, store
 from peftcli.data.dataset import EncodedDataset, Sample
 from peftcli.errors import DataError
@@ -190,6 +191,7 @@ def test_a_folder_that_cannot_be_written_costs_the_cache_alone(encode, tokenizer
     prepared = encode(ROWS[:20], tokenizer)
     assert len(prepared.train) == 20
     assert "not kept for later runs" in prepared.remarks[0]
+    assert str(home) in prepared.remarks[0]
 
 
 def test_large_data_is_kept_without_being_asked(encode, tokenizer, home, monkeypatch):
@@ -197,7 +199,7 @@ def test_large_data_is_kept_without_being_asked(encode, tokenizer, home, monkeyp
     assert not home.exists()
     monkeypatch.setattr(cache, "MIN_BYTES", 1000)
     mapped = encode(ROWS, tokenizer, cache=False).train
-    assert not home.exists()
+    assert list(home.iterdir()) == []
     assert isinstance(mapped.input_ids.base, np.memmap)
     assert encode(ROWS, tokenizer, cache="auto").train.fingerprint == mapped.fingerprint
     assert len(entries(home)) == 1
@@ -216,13 +218,12 @@ def test_what_was_not_used_for_longest_goes_first(encode, tokenizer, home, monke
     assert encode.calls == 0
 
 
-def test_what_was_left_unfinished_goes_in_time(encode, tokenizer, home):
-    for age, name in ((0, "young.tmp"), (cache.ABANDONED_SECONDS + 60, "old.tmp")):
+def test_what_was_left_unfinished_goes_unless_somebody_is_at_work_on_it(encode, tokenizer, home):
+    for name in ("held.tmp", "left.tmp", "left.old.tmp"):
         (home / name).mkdir(parents=True)
-        stamp = cache.time.time() - age
-        os.utime(home / name, (stamp, stamp))
-    encode(ROWS[:10], tokenizer)
-    assert [path.name for path in entries(home) if path.suffix] == ["young.tmp"]
+    with files.file_lock(home / ".locks" / "held"):
+        encode(ROWS[:10], tokenizer)
+    assert [path.name for path in entries(home) if path.suffix] == ["held.tmp"]
 
 
 def encode_in_a_process(tokenizer, data, start, answers):
@@ -259,7 +260,7 @@ def test_every_kind_of_sample_comes_back_as_it_was(tmp_path):
     ):
         folder = tmp_path / str(index)
         folder.mkdir()
-        assert store.Writer(folder).gather(parts).fingerprint == EncodedDataset.join(parts).fingerprint
+        assert store.Writer.into(folder).gather(parts).fingerprint == EncodedDataset.join(parts).fingerprint
 
 
 def test_labels_are_part_of_what_is_encoded(section, make_tokenizer, home):
@@ -292,7 +293,7 @@ def test_a_hub_dataset_is_known_by_its_rows(tmp_path, tokenizer, section):
 
 def test_waiting_for_a_lock_ends_when_its_holder_does(home):
     entered = threading.Event()
-    with cache.files.waited_for(home / "lock"):
+    with files.file_lock(home / "lock"):
         other = threading.Thread(target=lambda: _enter(home / "lock", entered))
         other.start()
         assert not entered.wait(0.1)
@@ -301,5 +302,5 @@ def test_waiting_for_a_lock_ends_when_its_holder_does(home):
 
 
 def _enter(path, entered):
-    with cache.files.waited_for(path):
+    with files.file_lock(path):
         entered.set()
