@@ -328,6 +328,33 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def file_lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Holds the lock file `path` while entered; the lock goes with the process, however that ends.
+
+    Args:
+        path: The file, which is made if it is missing and stays.
+        wait: Wait for who holds it. Otherwise yields whether it could be had at once.
+
+    Raises:
+        OSError: Files cannot be locked there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def cache_folder() -> Path:
+    """Returns where this machine's user keeps what can be made again."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "peftcli"
+
+
 def remove_if_unused(folder: Path) -> None:
     """Removes a folder that holds nothing but the lock: a run that failed before its first file leaves no trace."""
     with contextlib.suppress(OSError):

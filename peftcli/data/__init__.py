@@ -49,7 +49,7 @@ class RawData:
 
 @dataclass(frozen=True)
 class PreparedData:
-    """The samples of a run, the account of each part, and the format that the rows were read in."""
+    """The samples of a run, the account of each part, the format of the rows, and what became of them on the disk."""
 
     train: Dataset
     eval: Dataset | None
@@ -57,6 +57,7 @@ class PreparedData:
     eval_report: Report | None
     format: str
     meaning: Meaning = field(default_factory=Meaning)
+    remarks: tuple[str, ...] = ()
 
     @property
     def labels(self) -> tuple[str, ...] | None:
@@ -139,9 +140,10 @@ def prepare(
     """
     rows = raw or read(data, seed)
     part = _Part(data, tokenizer, vocab_size, max_positions, rows.format, rows.meaning)
-    train, train_report = part.encoded(rows.train)
-    held_out, eval_report = (None, None) if rows.eval is None else part.encoded(rows.eval)
-    return PreparedData(train, held_out, train_report, eval_report, rows.format, rows.meaning)
+    train, train_report, kept = part.encoded(rows.train)
+    held_out, eval_report, eval_kept = (None, None, None) if rows.eval is None else part.encoded(rows.eval)
+    remarks = [f"{name}: {said}" for name, said in (("train", kept), ("eval", eval_kept)) if said is not None]
+    return PreparedData(train, held_out, train_report, eval_report, rows.format, rows.meaning, tuple(remarks))
 
 
 def prepare_eval(
@@ -192,16 +194,16 @@ class _Part:
     form: str
     meaning: Meaning
 
-    def encoded(self, rows: Rows) -> tuple[Any, Any]:
-        """Returns the samples of `rows` and the account of them."""
+    def encoded(self, rows: Rows) -> tuple[Any, Any, str | None]:
+        """Returns the samples of `rows`, the account of them, and whether they were or are now kept on the disk."""
         if self.tokenizer is None:
             from peftcli.data.images import encode_images
 
-            return encode_images(rows, self.data.columns, self.meaning)
-        from peftcli.data.encoding import encode
+            return (*encode_images(rows, self.data.columns, self.meaning), None)
+        from peftcli.data.cache import Job, encode_or_load
 
         _check_length(self.data, self.max_positions)
-        return encode(rows, self.form, self.data, self.tokenizer, self.vocab_size, self.meaning)
+        return encode_or_load(Job(rows, self.form, self.data, self.tokenizer, self.vocab_size, self.meaning))
 
 
 def _check_length(data: DataSection, max_positions: int | None) -> None:

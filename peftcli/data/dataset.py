@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -99,8 +99,9 @@ class EncodedDataset:
         )
 
     @classmethod
-    def join(cls, parts: Sequence[EncodedDataset]) -> EncodedDataset:
-        """Returns the samples of all `parts`, which have the same goal, as one dataset."""
+    def join(cls, several: Iterable[EncodedDataset]) -> EncodedDataset:
+        """Returns the samples of all parts, which have the same goal, as one dataset."""
+        parts = list(several)
         lengths = np.concatenate([np.zeros(1, np.int64), *(part.lengths for part in parts)])
         full = [part for part in parts if len(part)]
         targets = [part.targets for part in full if part.targets is not None]
@@ -132,7 +133,8 @@ class EncodedDataset:
         for name, found in more.items():
             arrays += [] if found is None else [np.frombuffer(name.encode(), np.uint8), found]
         for array in arrays:
-            digest.update(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
+            plain = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+            digest.update(plain.data)  # the bytes where they lie: arrays may be larger than memory
         return digest.hexdigest()
 
     @property

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +40,7 @@ CHUNK_ROWS = 512  # enough for the tokenizer to use all cores, little enough to 
 AHEAD = 2  # chunks that are read and rendered while the tokenizer is at work on another
 SHOWN_TOKENS = 48
 Item = Chat | Example | LabelledText | TaggedWords
+Gather: TypeAlias = Callable[[Iterable[EncodedDataset]], EncodedDataset]
 
 
 @dataclass
@@ -63,6 +64,7 @@ def encode(
     tokenizer: PreTrainedTokenizerBase,
     vocab_size: int,
     meaning: Meaning | None = None,
+    gather: Gather = EncodedDataset.join,
 ) -> tuple[EncodedDataset, EncodingReport]:
     """Returns the samples of `rows` and the account of them.
 
@@ -73,13 +75,14 @@ def encode(
         tokenizer: The model's.
         vocab_size: Rows of the model's embedding; every token id must be below it.
         meaning: What they are encoded for; None for a causal language model.
+        gather: Makes one dataset of the samples, which come some rows at a time.
 
     Raises:
         DataError: Rows cannot be used (up to five are named), or no row leaves anything to learn.
         ModelError: The tokenizer makes ids that the model does not have, or lacks what the format needs.
     """
     encoder = _Encoder(rows, form, data, tokenizer, vocab_size, meaning or Meaning())
-    return encoder.finish(EncodedDataset.join(list(encoder.chunks())))
+    return encoder.finish(gather(encoder.chunks()))
 
 
 class _Encoder:

@@ -18,6 +18,10 @@ NUM_SAMPLES = 2000
 """As many samples tell what a dataset is made of; more would only take longer."""
 
 
+CHUNK_TOKENS = 1_000_000
+"""Tokens that are counted at a time: `bincount` takes them at 8 bytes each."""
+
+
 @dataclass(frozen=True)
 class DataFacts:
     """The answers to a method's questions, `methods._protocol.Facts`.
@@ -43,7 +47,9 @@ class DataFacts:
     def frequent_ids(self) -> Sequence[int]:
         """The ordinary tokens' ids, those that the training data uses most first; no special or added token."""
         size = max(len(self.tokenizer), int(self.dataset.input_ids.max(initial=0)) + 1)
-        counts = np.bincount(self.dataset.input_ids, minlength=size)
+        counts = np.zeros(size, np.int64)
+        for at in range(0, len(self.dataset.input_ids), CHUNK_TOKENS):
+            counts += np.bincount(self.dataset.input_ids[at : at + CHUNK_TOKENS], minlength=size)
         special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
         order = np.argsort(-counts, kind="stable").tolist()  # stable: ties by id, low ids are the commoner ones
         return [token for token in order if token not in special and token < len(self.tokenizer)]

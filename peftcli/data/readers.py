@@ -8,6 +8,7 @@ missing values and "1" into 1.0; and importing it takes longer than reading most
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import sys
@@ -15,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from peftcli.data.lines import Lines
 from peftcli.data.rows import Row, Rows, without_nulls
 from peftcli.errors import DataError, Problem
 
@@ -39,14 +41,27 @@ def read_file(path: Path, name: str) -> Rows:
             f'the suffix "{path.suffix}" is not one that can be read', where=name, hint=f"use {', '.join(READERS)}"
         )
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            utf16 = file.read(2) in UTF16_BOMS
+        if utf16:
+            raise DataError("not UTF-8 but UTF-16", where=f"{name}:1", hint="convert it: iconv -f UTF-16 -t UTF-8")
+        return reader(path, name)
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}", where=name) from error
+
+
+def _whole(path: Path, name: str) -> bytes:
+    """Returns the content of a file that is not empty."""
+    data = path.read_bytes()
     if not data.strip():
         raise DataError("the file is empty", where=name)
-    if data.startswith(UTF16_BOMS):
-        raise DataError("not UTF-8 but UTF-16", where=f"{name}:1", hint="convert it: iconv -f UTF-16 -t UTF-8")
-    return reader(data, name)
+    return data
+
+
+def _identity(data: bytes) -> dict[str, Any]:
+    """Returns what `Rows` knows of a file's content as a whole."""
+    digest = hashlib.sha256(data).hexdigest()
+    return {"digest": lambda: digest, "num_bytes": len(data)}
 
 
 def _text(data: bytes, name: str, line: int = 1) -> str:
@@ -80,41 +95,49 @@ def _json_object(line: bytes, name: str, number: int) -> Row:
     return row
 
 
-def _json_lines(data: bytes, name: str) -> Rows:
+def _json_lines(path: Path, name: str) -> Rows:
     """Returns the objects of a JSON Lines file; blank lines are skipped."""
-    lines: list[bytes] = []
-    numbers: list[int] = []
+    lines = Lines(path, name)
     columns: dict[str, None] = {}
     problems: list[Problem] = []
-    for number, line in enumerate(data.split(b"\n"), start=1):
-        if not line.strip():
-            continue
+    for number, line in lines.scan():
         try:
             columns.update(dict.fromkeys(_json_object(line, name, number)))
         except DataError as error:
             problems.extend(error.problems)
             if len(problems) == MAX_PROBLEMS:
                 break
-        lines.append(line)
-        numbers.append(number)
     if problems:
         raise DataError.of(problems)
-    return Rows(
-        name,
+    return _of_lines(
+        lines,
         tuple(columns),
-        len(lines),
-        lambda wanted: [_json_object(lines[i], name, numbers[i]) for i in wanted],
-        lambda i: f"{name}:{numbers[i]}",
+        lambda wanted: [
+            _json_object(line, name, lines.number(i)) for i, line in zip(wanted, lines.take(wanted), strict=True)
+        ],
     )
 
 
-def _json(data: bytes, name: str) -> Rows:
+def _of_lines(lines: Lines, columns: tuple[str, ...], take: Callable[[Sequence[int]], list[Row]]) -> Rows:
+    """Returns rows of which each is a line of its own."""
+    return Rows(
+        lines.name,
+        columns,
+        len(lines),
+        take,
+        lambda i: f"{lines.name}:{lines.number(i)}",
+        lambda: lines.digest,
+        lines.num_bytes,
+    )
+
+
+def _json(path: Path, name: str) -> Rows:
     """Returns the rows of a `.json` file: an array of objects, or JSON Lines under that suffix."""
-    text = _text(data, name)
-    if not text.lstrip().startswith("["):
-        return _json_lines(data, name)
+    if not _is_array(path):
+        return _json_lines(path, name)
+    data = _whole(path, name)
     try:
-        rows = json.loads(text)
+        rows = json.loads(_text(data, name))
     except json.JSONDecodeError as error:
         where = f"{name}:{error.lineno}"
         raise DataError(f"not JSON: {error.msg} at column {error.colno}", where=where) from None
@@ -126,7 +149,23 @@ def _json(data: bytes, name: str) -> Rows:
     if bad:
         raise DataError.of(bad[:MAX_PROBLEMS])
     columns = tuple(dict.fromkeys(key for row in rows for key in row))
-    return _numbered(name, columns, rows)
+    return Rows(
+        name,
+        columns,
+        len(rows),
+        lambda wanted: [rows[i] for i in wanted],
+        lambda i: f"{name} row {i + 1}",
+        **_identity(data),
+    )
+
+
+def _is_array(path: Path) -> bool:
+    """Returns whether the first character of a file that is not white space opens a list."""
+    with path.open("rb") as file:
+        start = file.read(len(UTF8_BOM))
+        while start == UTF8_BOM or (start and not start.strip()):
+            start = file.read(1)
+    return start.lstrip().startswith(b"[")
 
 
 def _not_objects(rows: list[Any]) -> list[tuple[int, Any]]:
@@ -134,13 +173,9 @@ def _not_objects(rows: list[Any]) -> list[tuple[int, Any]]:
     return [(i, row) for i, row in enumerate(rows) if not isinstance(row, dict)]
 
 
-def _numbered(name: str, columns: tuple[str, ...], rows: Sequence[Row]) -> Rows:
-    """Returns rows that are in memory already and that are counted, having no lines."""
-    return Rows(name, columns, len(rows), lambda wanted: [rows[i] for i in wanted], lambda i: f"{name} row {i + 1}")
-
-
-def _csv(data: bytes, name: str, delimiter: str = ",") -> Rows:
+def _csv(path: Path, name: str, delimiter: str = ",") -> Rows:
     """Returns the records below the header of a CSV file; every value is text, just as it is written."""
+    data = _whole(path, name)
     reader = csv.reader(io.StringIO(_text(data, name), newline=""), delimiter=delimiter, strict=True)
     limit = csv.field_size_limit(sys.maxsize)  # the default refuses documents above 128 KiB
     records: list[list[str]] = []
@@ -165,6 +200,7 @@ def _csv(data: bytes, name: str, delimiter: str = ",") -> Rows:
         len(records),
         lambda wanted: [dict(zip(header, records[i], strict=True)) for i in wanted],
         lambda i: f"{name}:{starts[i]}",
+        **_identity(data),
     )
 
 
@@ -193,11 +229,12 @@ def _check_width(record: list[str], header: list[str], where: str) -> None:
         )
 
 
-def _parquet(data: bytes, name: str) -> Rows:
+def _parquet(path: Path, name: str) -> Rows:
     """Returns the rows of a Parquet file, which stay in columns until they are taken."""
     import pyarrow as pa  # type: ignore[import-untyped]
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
+    data = _whole(path, name)
     try:
         table = pq.ParquetFile(pa.BufferReader(data)).read()
     except (pa.ArrowException, OSError, OverflowError, ValueError) as error:  # pyarrow raises what its parts raise
@@ -211,7 +248,14 @@ def _parquet(data: bytes, name: str) -> Rows:
             raise _unreadable(table, wanted, name) from error
         return [{key: without_nulls(value) for key, value in row.items()} for row in taken]
 
-    return Rows(name, tuple(table.column_names), table.num_rows, take, lambda i: f"{name} row {i + 1}")
+    return Rows(
+        name,
+        tuple(table.column_names),
+        table.num_rows,
+        take,
+        lambda i: f"{name} row {i + 1}",
+        **_identity(data) | {"num_bytes": table.nbytes},
+    )
 
 
 def _unreadable(table: Any, wanted: Sequence[int], name: str) -> DataError:
@@ -225,19 +269,18 @@ def _unreadable(table: Any, wanted: Sequence[int], name: str) -> DataError:
     raise AssertionError("all values can be read")
 
 
-def _lines(data: bytes, name: str) -> Rows:
+def _lines(path: Path, name: str) -> Rows:
     """Returns each line of a text file that is not blank as a row with the one field `text`."""
-    numbered = [
-        (number, line.removesuffix("\r"))
-        for number, line in enumerate(_text(data, name).split("\n"), start=1)
-        if line.strip()
-    ]
-    return Rows(
-        name,
+    lines = Lines(path, name)
+    for number, line in lines.scan():
+        _text(line, name, number)
+    return _of_lines(
+        lines,
         ("text",),
-        len(numbered),
-        lambda wanted: [{"text": numbered[i][1]} for i in wanted],
-        lambda i: f"{name}:{numbered[i][0]}",
+        lambda wanted: [
+            {"text": _text(line, name, lines.number(i)).removesuffix("\r")}
+            for i, line in zip(wanted, lines.take(wanted), strict=True)
+        ],
     )
 
 
@@ -249,11 +292,11 @@ def type_name(value: Any) -> str:
     return names.get(type(value), f"a {type(value).__name__}")
 
 
-READERS: dict[str, Callable[[bytes, str], Rows]] = {
+READERS: dict[str, Callable[[Path, str], Rows]] = {
     ".jsonl": _json_lines,
     ".json": _json,
     ".csv": _csv,
-    ".tsv": lambda data, name: _csv(data, name, "\t"),
+    ".tsv": lambda path, name: _csv(path, name, "\t"),
     ".parquet": _parquet,
     ".txt": _lines,
 }

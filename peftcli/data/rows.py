@@ -1,12 +1,14 @@
 """Rows of a dataset as plain dictionaries, each of which knows the file and line that it came from.
 
-Nothing here is cached on disk. Text files are held as their own lines and parsed when a row is taken, so that a row
+Nothing here is cached on disk. Text is parsed when a row is taken, so that a row
 means exactly what the file says: no column is retyped, and no key of a nested object is filled in for other rows.
 """
 
 from __future__ import annotations
 
 import bisect
+import hashlib
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -25,6 +27,8 @@ class Rows:
         count: How many rows there are.
         take: Returns the rows at the given indices, in that order.
         where: Returns the place of one row: `train.jsonl:17`, or `train.parquet row 17` where there are no lines.
+        digest: Returns a SHA-256 of all rows' content and order; None where nothing tells it.
+        num_bytes: How large the rows are, about.
     """
 
     name: str
@@ -32,6 +36,8 @@ class Rows:
     count: int
     take: Callable[[Sequence[int]], list[Row]]
     where: Callable[[int], str]
+    digest: Callable[[], str | None] = lambda: None
+    num_bytes: int = 0
 
     def __len__(self) -> int:
         """Returns the number of rows."""
@@ -45,6 +51,8 @@ class Rows:
             len(indices),
             lambda wanted: self.take([indices[i] for i in wanted]),
             lambda i: self.where(indices[i]),
+            lambda: combined([self.digest(), array("q", indices).tobytes().hex()]),
+            self.num_bytes * len(indices) // max(len(self), 1),
         )
 
 
@@ -74,7 +82,22 @@ def concatenate(parts: Sequence[Rows]) -> Rows:
         part, inner = locate(index)
         return parts[part].where(inner)
 
-    return Rows(", ".join(part.name for part in parts), parts[0].columns, ends[-1], take, where)
+    return Rows(
+        ", ".join(part.name for part in parts),
+        parts[0].columns,
+        ends[-1],
+        take,
+        where,
+        lambda: combined([part.digest() for part in parts]),
+        sum(part.num_bytes for part in parts),
+    )
+
+
+def combined(digests: Sequence[str | None]) -> str | None:
+    """Returns one digest of several; None where one of them is not known."""
+    if None in digests:
+        return None
+    return hashlib.sha256("\n".join(map(str, digests)).encode()).hexdigest()
 
 
 def without_nulls(value: Any) -> Any:

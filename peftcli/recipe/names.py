@@ -144,6 +144,11 @@ _MACHINES = "the number of machines is not the recipe's: peftcli train --nnodes 
 _PACKS = "packs hold whole examples, best-fit-decreasing, and are filled up no further than a batch's longest"
 _CODE = "never accepted from a recipe: peftcli runs no code from a model repository"
 _TRACKER = "logging.report_to takes tensorboard; other trackers are not in this version, metrics.jsonl has every number"
+_CONTENT = (
+    "encoded data is kept by its content, so there is nothing to overwrite or to name; data.cache: false keeps none"
+)
+_ALL_CORES = "there is nothing to set: the tokenizer uses all cores of the machine"
+_MAPPED = "not in this version; large data is not held in memory: lines are read as they are encoded, tokens are mapped"
 _OUTPUT = "the run's files all go to output_dir, which is never overwritten"
 
 # What peftcli does not have -> the other names for it.
@@ -161,7 +166,10 @@ UNAVAILABLE: dict[str, str] = {
     _TRACKER: "wandb wandb_project wandb_entity use_wandb mlflow mlflow_tracking_uri comet swanlab wandb_name",
     "a run is resumed from its own folder, which the recipe does not name": "resume resume_from_checkpoint"
     " auto_resume_from_checkpoints resume_from",
-    _OUTPUT: "overwrite_output_dir overwrite overwrite_cache",
+    _OUTPUT: "overwrite_output_dir overwrite",
+    _CONTENT: "overwrite_cache load_from_cache_file dataset_prepared_path tokenized_path",
+    _ALL_CORES: "dataset_num_proc preprocessing_num_workers dataset_processes num_proc map_num_proc",
+    _MAPPED: "streaming",
     "a recipe does not upload anything": "push_to_hub hub_model_id hub_token hf_token hub_strategy use_auth_token"
     " token",
     "training further modules in full is not in this version": "modules_to_save additional_target"

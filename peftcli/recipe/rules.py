@@ -68,6 +68,7 @@ _NEED_TASK: tuple[tuple[KeyPath, tuple[str, ...]], ...] = (
     (("data", "max_length"), _TEXT),
     (("data", "overlong"), _TEXT),
     (("data", "train_on"), ("causal-lm",)),
+    (("data", "cache"), _TEXT),
     (("data", "padding_free"), ("causal-lm",)),
     (("data", "packing"), ("causal-lm",)),
     (("training", "group_by_length"), _TEXT),

@@ -165,6 +165,11 @@ class DataSection(Section):
     train_on: Literal["assistant", "all"] = Field(
         default="assistant", description="Tokens that count in the loss: the answers only, or the prompts too."
     )
+    cache: Literal["auto"] | bool = Field(
+        default="auto",
+        description="Keep the encoded data for later runs, in ~/.cache/peftcli/data, which may be deleted at any time. "
+        "auto: from 4 MB of data on.",
+    )
     padding_free: Literal["auto"] | bool = Field(
         default="auto",
         description="Join a batch's examples instead of padding them. auto: where the attention code allows it.",

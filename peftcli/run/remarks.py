@@ -32,6 +32,8 @@ def note_data(prepared: PreparedData, base: Base, reporter: Reporter) -> None:
     """Says what was found in the data, and of the base's files."""
     for remark in base.remarks:
         reporter.note(remark)
+    for remark in prepared.remarks:
+        reporter.note(remark)
     for line in prepared.train_report.lines():
         reporter.note(f"train: {line}")
     for line in prepared.eval_report.lines() if prepared.eval_report else ():

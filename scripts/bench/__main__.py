@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
     from scripts.bench.table import Table
 
-PARTS = ("end_to_end", "merging", "startup", "loss", "methods", "memory", "packing", "execution", "scaling")
+PARTS = (
+    *("end_to_end", "merging", "startup", "tokenization"),
+    *("loss", "methods", "memory", "packing", "execution", "scaling"),
+)
 """The parts, in the order in which they run: those that start processes first, while this one is still small."""
 BY_ROW = ("execution", "scaling")
 """The parts that can measure some of their rows."""
