@@ -255,6 +255,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def json_sha256(value: Any) -> str:
+    """Returns the sha256 of `value` as JSON, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def check_writable(folder: Path) -> None:
     """Makes `folder` if it is missing and proves that files can be written there, before anything long begins.
 

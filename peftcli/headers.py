@@ -65,6 +65,21 @@ def read(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
     return found, 8 + length
 
 
+def checked(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """Returns what `read` does, of a file that the library has opened: its dtypes, sizes and places are right.
+
+    Raises:
+        OSError: The file cannot be read.
+        HeaderError: The header is not one, or is beyond a limit.
+        SafetensorError: The library refuses it.
+    """
+    from safetensors import safe_open
+
+    found = read(path)
+    with safe_open(path, "numpy"):
+        return found
+
+
 def _check_shape(name: str, facts: Any) -> None:
     """Refuses sizes that the library takes for empty and torch cannot count with."""
     shape = facts.get("shape") if isinstance(facts, dict) else None

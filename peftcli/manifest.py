@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import peftcli
 from peftcli import files, inject, quantization
-from peftcli.checkpoint import vouching
+from peftcli.checkpoint import adapter as adapter_files
 from peftcli.data.dataset import EncodedDataset
 from peftcli.models import TASK_CLASSES
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from peftcli.recipe import Recipe
     from peftcli.training.loop import Result
 
-MANIFEST_FILE = vouching.MANIFEST_FILE
+MANIFEST_FILE = "manifest.json"
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "tokenizers", "safetensors", "bitsandbytes")
 RUN_FILES = (
     "recipe.yaml",
@@ -162,7 +162,7 @@ def describe(
             "best_eval_loss": result.progress.best_loss,
             "best_step": result.progress.best_step,
         },
-        **vouching.digests(run),
+        "adapter_sha256": files.sha256(run / adapter_files.WEIGHTS_FILE),
         "environment": environment(),
     }
 

@@ -7,6 +7,7 @@ and a checkpoint that lacks a weight is an error: transformers would start that 
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from peftcli import headers, hub, vetting
 from peftcli.errors import HostError, ModelError, RecipeError
 from peftcli.quantization import packable, stored_fields
+from peftcli.recipe.paths import expand_home
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +70,7 @@ def locate(section: ModelSection) -> ModelSource:
     Raises:
         ModelError: `model.name` looks like a path and there is no such folder, or it lacks a config.json.
     """
-    path = Path(section.name).expanduser()
+    path = Path(expand_home(section.name))
     options: dict[str, Any] = {"trust_remote_code": False}
     if section.gguf_file is not None:
         options["gguf_file"] = section.gguf_file
@@ -357,6 +359,27 @@ def plain_folder(section: ModelSection, source: ModelSource) -> Iterator[Path]:
         with _quiet_loading():
             load_model(section, source, config, torch.device("cpu"))[0].save_pretrained(folder)
         yield Path(folder)
+
+
+def weight_files(source: ModelSource) -> list[Path]:
+    """Returns the files that hold the model's weights: fetched, if they are on the hub; none where they cannot be."""
+    from transformers.utils.hub import cached_file
+
+    def find(name: str) -> Path | None:
+        if source.is_local:
+            return path if (path := Path(source.name) / name).is_file() else None
+        options = {name: value for name, value in source.options.items() if name in ("revision", "local_files_only")}
+        quiet: Any = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+        found = cached_file(source.name, name, **options, **quiet)
+        return None if found is None else Path(found)
+
+    single = find(source.options.get("gguf_file", "model.safetensors"))
+    index = find("model.safetensors.index.json") if single is None else None
+    if index is None:
+        return [] if single is None else [single]
+    shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    found = [path for shard in shards if (path := find(shard)) is not None]
+    return found if len(found) == len(shards) else []
 
 
 def _snapshot(section: ModelSection, source: ModelSource) -> Path:

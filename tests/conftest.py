@@ -121,6 +121,13 @@ def model_folder(tmp_path_factory, word_tokenizer):
     return folder
 
 
+def unseal(folder):
+    """Lets an adapter be changed, as one of PEFT's can be: without a seal nothing says what it was."""
+    from peftcli.checkpoint.seal import SEAL_FILE
+
+    (Path(folder) / SEAL_FILE).unlink(missing_ok=True)
+
+
 def write_jsonl(path: Path, rows) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path

@@ -11,7 +11,6 @@ visible only when it is complete, and `state.json` makes every damaged byte visi
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from dataclasses import asdict, dataclass
@@ -24,10 +23,12 @@ from torch import nn
 from peftcli import files
 from peftcli.checkpoint import adapter as adapter_files
 from peftcli.checkpoint import moments
+from peftcli.checkpoint.seal import SEAL_FILE
 from peftcli.errors import ModelError
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
+HELD_FILES = {adapter_files.CONFIG_FILE, adapter_files.WEIGHTS_FILE, SEAL_FILE, OPTIMIZER_FILE}
 OWN_DIGEST = "state_sha256"
 FORMAT = 1
 DAMAGED_SUFFIX = ".damaged"
@@ -81,6 +82,7 @@ def save_checkpoint(
     target = folder_of(run, progress.step)
     adapter = adapter_files.contents(model, origin, resumable=True)
     optimizer_state = moments.optimizer_tensors(model, optimizer)
+    adapter_files.require_sound(optimizer_state, "the optimizer's state")
     return write(run, progress, adapter, optimizer_state) if writes else target
 
 
@@ -94,7 +96,7 @@ def write(
         files.write_safetensors(folder / OPTIMIZER_FILE, optimizer_state)
         digests = {file.name: files.sha256(file) for file in sorted(folder.iterdir())}
         state = {"format": FORMAT, "progress": asdict(progress), "sha256": digests}
-        files.write_json(folder / STATE_FILE, {**state, OWN_DIGEST: _digest(state)})
+        files.write_json(folder / STATE_FILE, {**state, OWN_DIGEST: files.json_sha256(state)})
     return target
 
 
@@ -152,11 +154,6 @@ def _read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def _digest(state: dict[str, Any]) -> str:
-    """Returns the sha256 of what `state.json` says beside this digest."""
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
 def _damage(folder: Path) -> str | None:
     """Returns what is wrong with a checkpoint's files, or None where all are what was written."""
     try:
@@ -173,9 +170,9 @@ def _fault(folder: Path, state: dict[str, Any]) -> str | None:
         return f"its format is {state['format']}, this version reads {FORMAT}"
     if (folder / STATE_FILE).read_bytes() != files.json_text(state).encode():  # another spelling of the same numbers
         return f"{STATE_FILE} has changed since it was written"
-    if state.pop(OWN_DIGEST) != _digest(state):
+    if state.pop(OWN_DIGEST) != files.json_sha256(state):
         return f"{STATE_FILE} has changed since it was written"
-    if set(state["sha256"]) != {adapter_files.CONFIG_FILE, adapter_files.WEIGHTS_FILE, OPTIMIZER_FILE}:
+    if set(state["sha256"]) != HELD_FILES:
         return f"{STATE_FILE} names other files than a checkpoint has"
     step = Progress(**state["progress"]).step
     if folder != folder_of(folder.parent, step):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import tempfile
 import traceback
@@ -13,7 +14,7 @@ import typer
 from peftcli import __version__, processes, startup
 from peftcli.cli import applying, console, reference, training
 from peftcli.cli.secrets import redacted
-from peftcli.errors import EXIT_BUG, EXIT_INTERRUPTED_TWICE, PeftcliError
+from peftcli.errors import EXIT_BUG, EXIT_INTERRUPTED_TWICE, PeftcliError, RecipeError
 
 app = typer.Typer(
     name="peftcli",
@@ -61,7 +62,7 @@ def main() -> NoReturn:
     """Runs the command line and exits with the code that says how it went."""
     startup.begin()
     try:
-        app(standalone_mode=True)
+        _run()
     except PeftcliError as error:
         if "--debug" in sys.argv:
             sys.stderr.write(redacted(traceback.format_exc()))
@@ -80,6 +81,16 @@ def main() -> NoReturn:
             console.stderr.print("\n[bold cyan]hint:[/] report it with that file, which holds the traceback")
         sys.exit(EXIT_BUG)
     sys.exit(0)
+
+
+def _run() -> None:
+    """Runs the command line; a name that no file can have is a mistake in it, wherever that is noticed."""
+    try:
+        app(standalone_mode=True)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        raise RecipeError(f"{str(error.filename)[:60]}… is too long for a file's name") from error
 
 
 def _save_traceback() -> str:

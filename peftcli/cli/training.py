@@ -74,7 +74,7 @@ def train(
     if json:
         console.print_json(facts)
         return
-    folder, result = loaded.recipe.output_dir, facts["result"]
+    folder, result = console.shown(str(loaded.recipe.output_dir)), facts["result"]
     evaluated = f", evaluation loss {result['eval']['eval_loss']:.4f}" if result["eval"] else ""
     console.stderr.print(f"done: {result['steps']} steps in {result['seconds']:.0f} s{evaluated}; adapter in {folder}")
     writes = f" · peftcli generate {folder} PROMPT" if loaded.recipe.model.task.endswith("-lm") else ""
@@ -150,7 +150,7 @@ def validate(
         console.print_json(found)
     else:
         facts = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in found.items() if name != "recipe")
-        console.stdout.print(f"{recipe} is valid: {facts}")
+        console.stdout.print(console.shown(f"{recipe} is valid: {facts}"))
 
 
 def preview(

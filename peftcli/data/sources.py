@@ -13,6 +13,7 @@ from peftcli import hub
 from peftcli.data.readers import READERS, read_file
 from peftcli.data.rows import Row, Rows, concatenate, without_nulls
 from peftcli.errors import DataError, RecipeError
+from peftcli.recipe.paths import expand_home
 
 if TYPE_CHECKING:
     from peftcli.recipe.schema import Source
@@ -49,7 +50,7 @@ def read_rows(sources: Sequence[Source], section_key: str, *, images: bool = Fal
 
 def _read(source: Source, section_key: str, *, images: bool) -> Rows:
     """Returns the rows of one source."""
-    path = Path(source.path).expanduser()
+    path = Path(expand_home(source.path))
     if images and path.is_dir() and any(entry.is_dir() for entry in path.iterdir()):
         from peftcli.data.images import image_folder
 
@@ -115,7 +116,7 @@ def _load(source: Source, section_key: str) -> Rows:
     """Returns the rows of a dataset on the hub, in the hub's cache on this machine, or in a local folder."""
     import datasets
 
-    folder = Path(source.path).expanduser()
+    folder = Path(expand_home(source.path))
     try:
         with _quiet():
             dataset = _load_folder(str(folder), source) if folder.is_dir() else _load_from_hub(source)
@@ -175,7 +176,7 @@ def _made(builder: Any, source: Source, *, in_memory: bool = False) -> Any:
 
 def _load_hint(path: str) -> str:
     """Returns what to do about a dataset that could not be loaded."""
-    folder = Path(path).expanduser()
+    folder = Path(expand_home(path))
     if folder.is_dir():
         inside = sorted(entry.name for entry in folder.iterdir() if entry.suffix.lower() in READERS)
         return f"name a file in it, such as {Path(path) / inside[0]}" if inside else "name a data file instead"

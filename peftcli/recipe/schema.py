@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from peftcli.recipe.values import checked_path
+
 
 class Section(BaseModel):
     """A group of recipe fields. An unknown field is an error; values are never converted from another type."""
@@ -49,6 +51,8 @@ class ModelSection(Section):
         default=None,
         description="Attention code of transformers, such as sdpa or eager. Left out: transformers chooses.",
     )
+
+    _have_names = field_validator("name", "gguf_file")(checked_path)
 
     @field_validator("attn_implementation")
     @classmethod
@@ -105,6 +109,8 @@ class Source(Section):
     )
     name: str | None = Field(default=None, description="Configuration of a hub dataset, where it has several.")
     split: str = Field(default="train", min_length=1, description="Split of the dataset; a single file is all train.")
+
+    _has_a_name = field_validator("path")(checked_path)
 
 
 def _as_sources(value: object) -> object:
@@ -311,6 +317,8 @@ class DistributedSection(Section):
         "auto there, left out, or the same; the rest is passed on unchanged.",
     )
 
+    _has_a_name = field_validator("deepspeed_config")(checked_path)
+
 
 class GenerateSection(Section):
     """How text is generated in an evaluation."""
@@ -372,3 +380,5 @@ class Recipe(Section):
         min_length=1,
         description="Folder for all that the run leaves. Left out: runs/<the recipe's file name>.",
     )
+
+    _has_a_name = field_validator("output_dir")(checked_path)

@@ -130,7 +130,7 @@ def require_two_bases(subject: Subject) -> None:
     if subject.base.comes_packed:
         raise RecipeError(
             f"--base: {name} comes packed, and its original weights are not in it",
-            hint="leave --base out; or merge into the model that it was made from, unmeasured, with --model NAME",
+            hint="leave --base out; or merge into the model that it was made from, unmeasured: --model NAME --force",
         )
     if subject.base.quantization is None:
         raise RecipeError(

@@ -105,7 +105,7 @@ def open_base(
     kept = "preprocessor_config.json" if images else "tokenizer_config.json"
     own = section
     if tokenizer_from is not None and (tokenizer_from / kept).is_file():
-        own = recipe.ModelSection(name=str(tokenizer_from))
+        own = recipe.ModelSection.model_construct(name=str(tokenizer_from))
     where = source if own is section else models.ModelSource(own.name, True, {})
     quantization = held(packed, config, section.name)
     base = _with_padding(Base(section, source, config, load(own, where), known, (), quantization))

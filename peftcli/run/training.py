@@ -21,6 +21,7 @@ from peftcli.recipe import LoadedRecipe, Recipe
 from peftcli.reporting import Reporter, Silent
 from peftcli.run import RECIPE_FILE, execution, remarks
 from peftcli.run.batches import Joins, check_packing, longest_first, longest_sample, settle_joining, step_plan
+from peftcli.run.fingerprint import fingerprint, require_same_base
 from peftcli.run.folder import TrainOptions, checkpoint_for_all, open_folder, with_batch_of_before
 from peftcli.run.opening import (
     Base,
@@ -70,6 +71,7 @@ class Job:
         finish: What a language model does to its head's logits; None where that is not known.
         counts: How many parameters are which, counted before the base was spread.
         group: The run's processes.
+        fingerprint: That of the base's files.
     """
 
     recipe: Recipe
@@ -84,12 +86,15 @@ class Job:
     finish: Finish | None
     counts: dict[str, int | float]
     group: Processes
+    fingerprint: str | None
 
     @property
     def origin(self) -> adapter_files.Origin:
         """What adapter files say beside their tensors."""
         section = self.recipe.model
-        return adapter_files.Origin(self.method, self.config, section.name, self.base.revision, section.task)
+        return adapter_files.Origin(
+            self.method, self.config, section.name, self.base.revision, section.task, self.fingerprint
+        )
 
 
 def train(
@@ -191,7 +196,8 @@ def _open_job(
     if spread:
         reporter.note(execution.spread(model, settings, group))
     folder = Path(wanted.output_dir or "runs")
-    return Job(wanted, folder, base, model, method, config, prepared, plan, joins, finish, counts, group)
+    known = fingerprint(base)
+    return Job(wanted, folder, base, model, method, config, prepared, plan, joins, finish, counts, group, known)
 
 
 def _write_start(job: Job) -> None:
@@ -233,6 +239,7 @@ def _run_loop(job: Job, accelerator: Accelerator, resumed: Path | None, reporter
     with memory.explained(job.model, job.recipe.training, job.group.device, longest_sample(job.data)):
         trainer = Trainer(_task(job, first_step, reporter), accelerator, job.group)
         if resumed is not None:
+            require_same_base(resumed, job.base)
             trainer.resume(resumed)
         return trainer.run()
 
@@ -302,10 +309,12 @@ def _write_end(job: Job, result: Result) -> dict[str, Any]:
     if not job.group.is_first:
         return {}
     with files.staged(job.folder) as new:
+        write_meaning(new, job.data.meaning)  # the seal is for what reads the adapter's outputs, too
         adapter_files.write_contents(new, adapter)
     facts = manifest.describe(
         job.folder, job.recipe, job.base.config, job.base.processor, job.base.revision, job.model, job.data, result
     )
+    facts["base_model"]["fingerprint"] = job.fingerprint
     facts |= {"parameters": job.counts, **distributed.facts(job.group)}
     files.write_json(job.folder / manifest.MANIFEST_FILE, facts)
     text = (job.folder / RECIPE_FILE).read_text(encoding="utf-8")

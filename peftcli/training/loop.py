@@ -249,6 +249,9 @@ class Trainer:
             names = checks.not_finite(self.parameters)
             which = names[0] if len(names) in range(1, len(self.parameters)) else "a parameter"
             what = f"the gradient of {which} is not finite"
+        poisoned = checks.poisoned(self.task.model)
+        if poisoned is not None:
+            what += f", since {poisoned} holds values that are not finite"
         rows = self.task.plan.samples(self.progress.step).tolist()
         raise NumericalError(
             f"step {self.progress.step + 1}: {what}; the step was not applied "

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from peftcli import inject, methods, models
-from peftcli.checkpoint import vouching
-from peftcli.checkpoint.adapter import Origin, read_adapter, require_fit, save_adapter
+from peftcli.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE, Origin, read_adapter, require_fit, save_adapter
+from peftcli.checkpoint.seal import SEAL_FILE
 from peftcli.errors import ModelError
 from scripts.torture import tensors
 from scripts.torture.fuzzing import Fuzzing
@@ -42,7 +42,7 @@ class Seed:
 
     config: bytes
     weights: bytes
-    manifest: bytes
+    seal: bytes
 
 
 def run(order: Order) -> Outcome:
@@ -56,11 +56,12 @@ def run(order: Order) -> Outcome:
         changed = KINDS[kind](seed, random)
         for name, content in files_of(changed).items():
             (folder / name).write_bytes(content)
-        (folder / vouching.MANIFEST_FILE).unlink(missing_ok=True)
+        (folder / SEAL_FILE).unlink(missing_ok=True)
         fuzzing.ask(kind, changed.config, partial(is_read, folder, skeleton))
-        (folder / vouching.MANIFEST_FILE).write_bytes(changed.manifest)
-        is_lie = (changed.config, changed.weights) != (seed.config, seed.weights) and changed.manifest == seed.manifest
-        fuzzing.ask(f"{kind}, vouched for", changed.config, partial(is_believed, folder, skeleton, is_lie))
+        (folder / SEAL_FILE).write_bytes(changed.seal)
+        same = fields_of(changed) == fields_of(seed) and changed.weights == seed.weights
+        is_lie = not same and changed.seal == seed.seal
+        fuzzing.ask(f"{kind}, sealed", changed.config, partial(is_believed, folder, skeleton, is_lie))
     return fuzzing.finish()
 
 
@@ -91,14 +92,21 @@ def made(fields: Mapping[str, Any], folder: Path) -> Seed:
     inject.graft(model, method, config, 0)
     folder.mkdir()
     save_adapter(folder, model, Origin(method, config, "base", None, "causal-lm"))
-    files = {name: (folder / name).read_bytes() for name in (vouching.CONFIG_FILE, vouching.WEIGHTS_FILE)}
-    manifest = json.dumps({"method": fields["type"], **vouching.digests(folder)}).encode()
-    return Seed(files[vouching.CONFIG_FILE], files[vouching.WEIGHTS_FILE], manifest)
+    files = {name: (folder / name).read_bytes() for name in (CONFIG_FILE, WEIGHTS_FILE)}
+    return Seed(files[CONFIG_FILE], files[WEIGHTS_FILE], (folder / SEAL_FILE).read_bytes())
 
 
 def files_of(seed: Seed) -> dict[str, bytes]:
-    """Returns what is in the folder but for the manifest."""
-    return {vouching.CONFIG_FILE: seed.config, vouching.WEIGHTS_FILE: seed.weights}
+    """Returns what is in the folder but for the seal."""
+    return {CONFIG_FILE: seed.config, WEIGHTS_FILE: seed.weights}
+
+
+def fields_of(seed: Seed) -> Any:
+    """Returns what its configuration says, however that is spelled; None where it says nothing."""
+    try:
+        return json.loads(seed.config)
+    except (ValueError, RecursionError):
+        return None
 
 
 def is_read(folder: Path, skeleton: PreTrainedModel) -> bool:
@@ -111,23 +119,23 @@ def is_read(folder: Path, skeleton: PreTrainedModel) -> bool:
         inject.ungraft(skeleton)
         return False
     assert sites or adapter.tensors
-    return True
+    return not adapter.doubts
 
 
 def is_believed(folder: Path, skeleton: PreTrainedModel, is_lie: bool) -> bool:
-    """Returns whether an adapter is read; raises where its files are not those that its manifest vouches for."""
+    """Returns whether an adapter is read; raises where its files are not those that were sealed."""
     taken = is_read(folder, skeleton)
-    assert not (taken and is_lie), "the manifest vouches for other files"
+    assert not (taken and is_lie), "other files were sealed"
     return taken
 
 
 def _config_mutant(seed: Seed, random: Random) -> Seed:
-    return Seed(json_mutant(seed.config, random), seed.weights, seed.manifest)
+    return Seed(json_mutant(seed.config, random), seed.weights, seed.seal)
 
 
 def _weights_mutant(seed: Seed, random: Random) -> Seed:
     kind = random.choice(tuple(tensors.KINDS.values()))
-    return Seed(seed.config, kind(seed.weights, random), seed.manifest)
+    return Seed(seed.config, kind(seed.weights, random), seed.seal)
 
 
 def _payload_mutant(seed: Seed, random: Random) -> Seed:
@@ -135,18 +143,18 @@ def _payload_mutant(seed: Seed, random: Random) -> Seed:
     length = 8 + int.from_bytes(seed.weights[:8], "little")
     at = random.randrange(length, len(seed.weights))
     flipped = seed.weights[at] ^ 1 << random.randrange(8)
-    return Seed(seed.config, seed.weights[:at] + bytes([flipped]) + seed.weights[at + 1 :], seed.manifest)
+    return Seed(seed.config, seed.weights[:at] + bytes([flipped]) + seed.weights[at + 1 :], seed.seal)
 
 
-def _manifest_mutant(seed: Seed, random: Random) -> Seed:
+def _seal_mutant(seed: Seed, random: Random) -> Seed:
     if random.random() < 0.5:
-        return Seed(seed.config, seed.weights, bytes_mutant(seed.manifest, random))
-    return Seed(seed.config, seed.weights, json.dumps(value_mutant(json.loads(seed.manifest), random)).encode())
+        return Seed(seed.config, seed.weights, bytes_mutant(seed.seal, random))
+    return Seed(seed.config, seed.weights, json.dumps(value_mutant(json.loads(seed.seal), random)).encode())
 
 
 KINDS: dict[str, Callable[[Seed, Random], Seed]] = {
     "configuration": _config_mutant,
     "header": _weights_mutant,
     "numbers": _payload_mutant,
-    "manifest": _manifest_mutant,
+    "manifest": _seal_mutant,
 }

@@ -12,14 +12,15 @@ from safetensors.torch import load_file
 from peftcli import files
 from peftcli.checkpoint import moments, state
 from peftcli.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE
+from peftcli.checkpoint.seal import SEAL_FILE
 from peftcli.checkpoint.state import OPTIMIZER_FILE, STATE_FILE, Progress
-from peftcli.errors import ModelError
+from peftcli.errors import ModelError, NumericalError
 from peftcli.recipe import TrainingSection
 from peftcli.training.optimizers import make_optimizer
 from tests.methods.building import adapt, origin_of, trainable
 
 PROGRESS = Progress(2, 1234, 0.1 + 0.2, 1, 3, {"scale": 65536.0, "growth_tracker": 7})
-FILES = [CONFIG_FILE, WEIGHTS_FILE, OPTIMIZER_FILE, STATE_FILE]
+FILES = [CONFIG_FILE, WEIGHTS_FILE, SEAL_FILE, OPTIMIZER_FILE, STATE_FILE]
 
 
 class Run:
@@ -117,9 +118,18 @@ def test_pissa_resumes_with_its_start(tmp_path, make_model):
 def test_a_checkpoint_holds_nothing_of_the_base(saved):
     _, folder = saved
     assert {file.name for file in folder.iterdir()} == set(FILES)
-    keys = [*load_file(folder / WEIGHTS_FILE), *state.load_file(folder / OPTIMIZER_FILE)]
+    keys = [*load_file(folder / WEIGHTS_FILE), *load_file(folder / OPTIMIZER_FILE)]
     assert len(keys) == 8 + 3 * 8  # A and B at four places; their two moments and step counters
     assert all("lora_" in key or ".adapter." in key for key in keys)
+
+
+def test_a_moment_that_is_not_finite_is_not_saved(make_run):
+    run = make_run()
+    run.step(0)
+    next(iter(run.optimizer.state.values()))["exp_avg"][0, 0] = torch.nan
+    with pytest.raises(NumericalError, match=r"the optimizer's state cannot be saved: .*\|exp_avg holds values that"):
+        run.save()
+    assert not list(run.folder.iterdir())
 
 
 def test_an_optimizer_of_another_model_is_refused(make_run):

@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import peftcli
-from tests.conftest import write_jsonl
+from tests.conftest import unseal, write_jsonl
 from tests.fuzz.auditing import watched
 
 SINGS = "import os, pathlib\npathlib.Path(os.environ['CANARY']).write_text('sings')\n"
@@ -220,7 +220,7 @@ def test_adapters_that_are_pickles(trained, safely):
 
 
 def test_an_adapter_that_asks_for_code(trained, safely):
-    (trained / "manifest.json").unlink()
+    unseal(trained)
     (trained / "evil.py").write_text(SINGS)
     change(
         trained / "adapter_config.json",
@@ -234,7 +234,7 @@ def test_an_adapter_that_asks_for_code(trained, safely):
 
 @pytest.mark.parametrize("name", ["lora_A.weight", "../../x", "/etc/x", "base_model.model.../x"])
 def test_an_adapters_tensor_of_another_name(name, trained, safely):
-    (trained / "manifest.json").unlink()
+    unseal(trained)
     tensors = load_file(trained / "adapter_model.safetensors")
     save_file({**tensors, name: next(iter(tensors.values())).clone()}, trained / "adapter_model.safetensors")
     for command in ("eval", "merge", "export"):
@@ -274,6 +274,7 @@ def test_no_pickle_in_the_source():
     readers = {"load", "loads", "read_pickle", "load_state_dict", "load_checkpoint_and_dispatch", "load_state"}
     allowed = {"json.loads", "methods.load", "recipe.load", "load"}  # the last: a recipe's, or a tokenizer's
     allowed.add("self.accelerator.scaler.load_state_dict")  # numbers of a checkpoint's state.json
+    allowed.add("opened.load")  # Pillow's pixels
     for path in Path(peftcli.__file__).parent.rglob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in ast.walk(tree):
@@ -285,3 +286,46 @@ def test_no_pickle_in_the_source():
                 assert not re.search(r"use_safetensors['\"]?[:=] *False", node.value)
             if isinstance(node, ast.keyword) and node.arg in ("weights_only", "allow_pickle", "use_safetensors"):
                 assert ast.unparse(node.value) == ("True" if node.arg != "allow_pickle" else "False"), path
+
+
+NAMES = {
+    "null byte": "a\x00b",
+    "too long": "a" * 5000,
+    "long path": "../" * 2000 + "x",
+    "nobody's": "~nobody-at-all/x",
+    "device": "/dev/zero",
+    "memory": "/proc/self/mem",
+    "terminal": "\x1b]0;x\x07",
+    "second line": "x\nerror: fake",
+    "markup": "[bold red]x[/]",
+    "link": "loop",
+    "reversed": "\u202excod.exe",
+}
+
+
+@pytest.mark.parametrize("key", ["model.name", "data.train", "data.eval", "output_dir", "model.gguf_file"])
+@pytest.mark.parametrize("case", NAMES)
+def test_names_in_recipes(key, case, recipe_file, safely, cli, tmp_path, canary):
+    """Names that are no files', or files that are not to be read or written."""
+    (tmp_path / "loop").symlink_to("loop")
+    name = NAMES[case]
+    section, _, field = key.partition(".")
+    recipe_file(**({section: {field: name}} if field else {section: name}), training={"max_steps": 1})
+    with watched(tmp_path) as seen:
+        code, stdout, stderr = cli("train", "recipe.yaml")
+    harmless = key == "output_dir" and case in ("markup", "reversed", "nobody's")
+    assert code in ((0,) if harmless else (2, 3, 4, 6)), stderr
+    assert "bug in peftcli" not in stderr
+    assert "\x1b" not in stderr + stdout
+    assert [line for line in seen.outside if "peftcli-" not in line] == []
+
+
+@pytest.mark.parametrize("case", NAMES)
+@pytest.mark.parametrize("command", [["eval"], ["merge"], ["eval", "--adapter"], ["train"], ["validate"]], ids=" ".join)
+def test_names_on_the_command_line(command, case, cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    code, stdout, stderr = cli(*command, NAMES[case].replace("\x00", "?"))
+    assert code in (2, 4), stderr
+    assert "bug in peftcli" not in stderr
+    assert "\x1b" not in stderr + stdout
