@@ -14,8 +14,8 @@ from scripts.torture.outcome import Order, Outcome, Progress
 from scripts.torture.server import Ended, Server
 
 UNIT, SHORT, LONG = "kills", 24, 2000
-MOST_STARTS = 60
-"""Starts after which a run that was killed each time is taken to make no headway."""
+MOST_KILLS = 30
+"""Kills of one run; it is then left alone. A machine that became slower would kill it before it makes any headway."""
 COLUMNS = ("runs", "kills", "resumes", "other bits", "stuck")
 
 
@@ -67,9 +67,9 @@ class Trial:
         """Does one run, killed until it ends before it could be, and returns how often it was."""
         shutil.rmtree(self.output, ignore_errors=True)
         kills = resumes = 0
-        for _ in range(MOST_STARTS):
+        while True:
             resumes += self.is_begun
-            ended = self.start(random.uniform(0, 1.1) * self.usual)
+            ended = self.start(random.uniform(0, 1.1) * self.usual if kills < MOST_KILLS else None)
             if not ended.was_killed:
                 break
             kills += 1
