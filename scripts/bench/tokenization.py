@@ -61,7 +61,7 @@ def table(kind: str, folder: Path, tokenizer: Path, options: Options) -> Table:
     }
     whose = "a small tokenizer" if options.smoke else f"the tokenizer of {tokenizer.name}"
     notes = (
-        f"{num_rows:,} rows, {whose}; medians of {rounds} rounds. Reading the file is part of peftcli's time and not of "
+        f"{num_rows:,} rows, {whose}; medians of {rounds} rounds. Reading the file is in peftcli's time and not in "
         "TRL's.",
     )
     return Table(f"{KINDS[kind]} to tokens", rows, notes)
