@@ -26,10 +26,8 @@ from peftcli.errors import ModelError, NumericalError, PeftcliError, Problem
 from peftcli.methods._protocol import Method, MethodConfig, Site, Targets
 from peftcli.targets import is_under, task_heads
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-BESIDE = ("labels.json",)
-"""What an adapter's outputs cannot be read without, where it is there when the adapter is written."""
+CONFIG_FILE = seals.CONFIG_FILE
+WEIGHTS_FILE = seals.WEIGHTS_FILE
 BASE_PREFIX = "base_model.model."
 """What comes before the name of a base parameter on file."""
 SHARED_PREFIX = "base_model."
@@ -224,10 +222,9 @@ def write_contents(folder: Path, adapter: Contents) -> None:
     """
     files.write_safetensors(folder / WEIGHTS_FILE, adapter.tensors, {"format": "pt"})
     _verify_saved(folder / WEIGHTS_FILE, adapter.tensors)
-    sealed = [WEIGHTS_FILE, *(name for name in BESIDE if (folder / name).is_file())]
-    seals.write(folder, adapter.fields, sealed, adapter.fingerprint)
+    seals.write(folder, adapter.fields, adapter.fingerprint)
     files.write_json(folder / CONFIG_FILE, adapter.fields)
-    _, doubts = seals.examine(folder, CONFIG_FILE, _read_config(folder))
+    _, doubts = seals.examine(folder, _read_config(folder))
     if doubts:
         raise ModelError(f"{doubts[0].message}, a moment ago", hint="check the disk")
 
@@ -282,7 +279,7 @@ def read_adapter(folder: Path) -> Adapter:
             not have.
     """
     fields = _read_config(folder)
-    seal, doubts = seals.examine(folder, CONFIG_FILE, fields)
+    seal, doubts = seals.examine(folder, fields)
     try:
         found = _adapter_of(folder, fields)
     except ModelError as error:

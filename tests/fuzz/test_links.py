@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from peftcli import files, manifest
+from peftcli.checkpoint import seal as seals
 from peftcli.checkpoint import state
 from peftcli.errors import HostError, ModelError
 
@@ -122,6 +123,22 @@ def test_a_checkpoint_cannot_vouch_for_other_files(name, outside, run):
     facts = {"format": state.FORMAT, "progress": {"step": 1}, "sha256": {name: "0" * 64}}
     files.write_json(folder / state.STATE_FILE, {**facts, state.OWN_DIGEST: files.json_sha256(facts)})
     assert "names other files" in state._damage(folder)
+
+
+@pytest.mark.parametrize("name", ["../outside/file", "/dev/zero", "", "other.bin"])
+def test_a_seal_cannot_name_other_files(name, tmp_path):
+    facts = {"format": seals.FORMAT, "config": {}, "sha256": {seals.WEIGHTS_FILE: "0", name: "0"}, "base": None}
+    files.write_json(tmp_path / seals.SEAL_FILE, {**facts, seals.OWN_DIGEST: files.json_sha256(facts)})
+    with pytest.raises(ModelError, match="names other files than an adapter has"):
+        seals.read(tmp_path)
+
+
+@pytest.mark.parametrize("lie", [{"config": []}, {"config": None}, {"base": 3}, {"base": {}}], ids=str)
+def test_a_seal_that_says_what_none_does(lie, tmp_path):
+    facts = {"format": seals.FORMAT, "config": {}, "sha256": {seals.WEIGHTS_FILE: "0"}, "base": None, **lie}
+    files.write_json(tmp_path / seals.SEAL_FILE, {**facts, seals.OWN_DIGEST: files.json_sha256(facts)})
+    with pytest.raises(ModelError, match="does not say what a seal says"):
+        seals.read(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def test_checkpoints_and_exports_are_sealed_too(run, own_base):
 
 def test_a_seal_that_knows_no_base_says_so(run):
     seal = seals.read(run)
-    seals.write(run, seal.config, seal.sha256, None)
+    seals.write(run, seal.config, None)
     (remark,) = open_subject(run, None, None).remarks
     assert "names no base" in remark
 
