@@ -59,8 +59,8 @@ def table(kind: str, folder: Path, tokenizer: Path, options: Options) -> Table:
         for label, each in found.items()
     }
     notes = (
-        f"{num_rows:,} rows, {'a small tokenizer' if options.smoke else 'the tokenizer of SmolLM2'}; medians of {rounds} "
-        "rounds. Reading the file is part of peftcli's time and not of TRL's.",
+        f"{num_rows:,} rows, {'a small tokenizer' if options.smoke else 'the tokenizer of SmolLM2'}; medians of "
+        f"{rounds} rounds. Reading the file is part of peftcli's time and not of TRL's.",
     )
     return Table(f"{KINDS[kind]} to tokens", rows, notes)
 
