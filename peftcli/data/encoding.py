@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from peftcli.data.backend import TokenBytes
 from peftcli.data.chat import Chat, check_template, messages_of
 from peftcli.data.dataset import EncodedDataset, EncodingReport, Sample
 from peftcli.data.formats import BadRow, Example, example, renamed
@@ -102,7 +103,7 @@ class _Encoder:
         self.rows, self.form, self.data, self.meaning = rows, form, data, meaning
         self.tokenizer, self.vocab_size = tokenizer, vocab_size
         self.paired = data.columns.get("text_pair", "text_pair") in rows.columns
-        self.renderer = Renderer(tokenizer)
+        self.renderer, self.token_bytes = Renderer(tokenizer), TokenBytes(tokenizer)
         self.tally = _Tally()
 
     def chunks(self) -> Iterator[EncodedDataset]:
@@ -172,7 +173,7 @@ class _Encoder:
         labelled = [item for item in items if isinstance(item, LabelledText)]
         tagged = [item for item in items if isinstance(item, TaggedWords)]
         if chats:
-            return encode_chats(chats, self.tokenizer, train_on_all=on_all)
+            return encode_chats(chats, self.tokenizer, self.token_bytes, train_on_all=on_all)
         if labelled:
             return Chunk.of(encode_labelled(labelled, self.tokenizer, limit), goal)
         if tagged:

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from peftcli.data.backend import TokenBytes, num_bytes, token_ids
 from peftcli.data.chat import Chat, common_prefix, end_of_text
 from peftcli.data.dataset import EncodedDataset, Goal, Sample
 from peftcli.data.formats import Example
@@ -86,41 +87,56 @@ def encode_examples(examples: Sequence[Example], tokenizer: PreTrainedTokenizerB
         given = common_prefix(prompt, ids)
         straddling += bool(example.prompt) and given < len(prompt) - (prompt[-1:] == [eos])
         givens.append(0 if train_on_all else given)
-    offsets = np.cumsum([0, *map(len, wholes)], dtype=np.int64)
+    flat, offsets = _flat(wholes)
     lengths = np.diff(offsets)
     positions = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
     mask = positions >= np.repeat(np.array(givens, np.int64), lengths)
-    return Chunk(_dataset(wholes, mask, offsets), lengths, straddling)
+    return Chunk(_dataset(flat, mask, offsets), lengths, straddling)
 
 
-def encode_chats(chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase, *, train_on_all: bool) -> Chunk:
+def encode_chats(
+    chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase, token_bytes: TokenBytes, *, train_on_all: bool
+) -> Chunk:
     """Returns rendered chats as ids, supervised where a token covers any character of an answer."""
-    batch = tokenizer(
-        [chat.text for chat in chats],
-        add_special_tokens=False,  # the template has written them
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )
-    assert batch.encodings is not None, "`chat.check_template` refuses tokenizers that do not know offsets"
-    ids: Any = batch["input_ids"]
-    ends = np.fromiter((end for one in batch.encodings for _, end in one.offsets), np.int64)
-    offsets = np.cumsum([0, *map(len, ids)], dtype=np.int64)
-    # All texts in a line, each a character apart from the next, so that a character's number says whose it is.
-    begins = np.cumsum([0, *(len(chat.text) + 1 for chat in chats)], dtype=np.int64)[:-1]
+    texts = [chat.text for chat in chats]
     spans = [((0, len(chat.text)),) if train_on_all else chat.spans for chat in chats]
+    ids = token_ids(texts, tokenizer, add_special_tokens=False)  # the template has written them
+    flat, offsets = _flat(ids)
+    ends = token_bytes.ends(texts, flat, offsets)
+    sizes = [*map(num_bytes, texts)]
+    if ends is None:
+        ends, sizes = _character_ends(texts, tokenizer), [*map(len, texts)]
+    else:
+        spans = [
+            tuple((num_bytes(text[:a]), num_bytes(text[:b])) for a, b in some)
+            for text, some in zip(texts, spans, strict=True)
+        ]
+    # All texts in a line, each a place apart from the next, so that a place's number says whose it is.
+    begins = np.cumsum([0, *(size + 1 for size in sizes)], dtype=np.int64)[:-1]
     pairs = [
         (begin + start, begin + end) for begin, some in zip(begins.tolist(), spans, strict=True) for start, end in some
     ]
     mask = _mask_of_spans(ends, np.array(pairs, np.int64).reshape(-1, 2), begins, offsets)
-    return Chunk(_dataset(ids, mask, offsets), np.diff(offsets))
+    return Chunk(_dataset(flat, mask, offsets), np.diff(offsets))
+
+
+def _character_ends(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> npt.NDArray[np.int64]:
+    """Returns after how many characters of its own text each token ends [T]."""
+    batch = tokenizer(list(texts), add_special_tokens=False, verbose=False)
+    assert batch.encodings is not None, "`chat.check_template` refuses tokenizers that do not know offsets"
+    return np.fromiter((end for one in batch.encodings for _, end in one.offsets), np.int64)
+
+
+def _flat(ids: Sequence[Sequence[int]]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    """Returns all ids in one array [T], and where each text's start, and at last T [N + 1]."""
+    offsets = np.cumsum([0, *map(len, ids)], dtype=np.int64)
+    return np.fromiter(chain.from_iterable(ids), np.int32, int(offsets[-1])), offsets
 
 
 def _dataset(
-    ids: Sequence[Sequence[int]], mask: npt.NDArray[np.bool_], offsets: npt.NDArray[np.int64]
+    flat: npt.NDArray[np.int32], mask: npt.NDArray[np.bool_], offsets: npt.NDArray[np.int64]
 ) -> EncodedDataset:
     """Returns the samples; nothing comes before the first token of one, so that one cannot be predicted."""
-    flat = np.fromiter(chain.from_iterable(ids), np.int32, int(offsets[-1]))
     supervised = mask.astype(np.uint8)
     supervised[offsets[:-1][np.diff(offsets) > 0]] = 0
     return EncodedDataset(flat, supervised, offsets)
@@ -128,8 +144,7 @@ def _dataset(
 
 def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Returns the ids of each text, with the special tokens that the tokenizer adds by itself, but never two BOS."""
-    batch: Any = tokenizer(list(texts), return_attention_mask=False, return_token_type_ids=False, verbose=False)
-    return [without_second_bos(ids, tokenizer) for ids in batch["input_ids"]]
+    return [without_second_bos(ids, tokenizer) for ids in token_ids(texts, tokenizer)]
 
 
 def without_second_bos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -151,8 +166,8 @@ def _mask_of_spans(
     split over several tokens have the offsets of the first, and its mask.
 
     Args:
-        ends: Where each token ends in its own text [T].
-        spans: First character, and the one after the last, of each span in the line of all texts [S, 2].
+        ends: Where each token ends in its own text, in characters or bytes [T].
+        spans: Start and end of each span in the line of all texts [S, 2].
         begins: Where each text begins in that line [N].
         offsets: Where each text's tokens start, and at last T [N + 1].
     """
