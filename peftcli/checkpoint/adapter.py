@@ -169,9 +169,9 @@ def contents(model: nn.Module, origin: Origin, *, resumable: bool = False) -> Co
         ModelError: A tensor is empty, as those are whose numbers are on other processes.
     """
     tensors = adapter_tensors(model)
-    if not resumable:
-        tensors = origin.method.tensors_to_peft(tensors, origin.config)
     require_sound(tensors, "the adapter")
+    if not resumable:  # of what is sound, where a tensor may well be empty: VB-LoRA's weights of its one best vector
+        tensors = origin.method.tensors_to_peft(tensors, origin.config)
     fields = {
         "peft_type": origin.method.peft_type_of(origin.config),
         "task_type": TASK_TYPES.get(origin.task),
