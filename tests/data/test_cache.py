@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 import os
+import signal
 import threading
 from collections import Counter
 from pathlib import Path
@@ -245,6 +246,28 @@ def test_of_two_processes_at_once_one_encodes(section, tokenizer):
         one.join()
     assert len({fingerprint for fingerprint, _ in found}) == 1
     assert Counter(said for _, said in found) == {"and": 1, "before": 1}
+
+
+def encode_and_be_killed(tokenizer, data):
+    store.write_facts = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # as late as can be
+    prepare(data, tokenizer, vocab_size=480, max_positions=None, seed=0)
+
+
+def test_who_is_killed_blocks_and_misleads_nobody(encode, section, tokenizer, home):
+    killed = multiprocessing.get_context("fork").Process(
+        target=encode_and_be_killed, args=(tokenizer, section(ROWS, cache=True))
+    )
+    killed.start()
+    killed.join(60)
+    assert killed.exitcode == -signal.SIGKILL
+    (left,) = entries(home)
+    assert (left / "input_ids.bin").stat().st_size
+    made = encode(ROWS, tokenizer)
+    assert encode.calls
+    assert "damaged" not in made.remarks[0]
+    assert entries(home) == [left.with_suffix("")]
+    encode(ROWS, tokenizer)
+    assert encode.calls == 0
 
 
 def test_every_kind_of_sample_comes_back_as_it_was(tmp_path):
