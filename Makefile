@@ -7,7 +7,7 @@ MODEL  := $(HOME)/.cache/peftcli/SmolLM2-135M-Instruct
 STAMP  := $(VENV)/.installed
 
 .PHONY: help install demo model encoder compare costs support test test-gpu test-deepspeed check format lint types \
-        schema bench clean
+        schema bench torture clean
 .DEFAULT_GOAL := help
 
 help:  ## Say what can be made.
@@ -76,6 +76,9 @@ bench: model  ## Measure time and memory beside PEFT and TRL; PARTS="methods mem
 	@test -x .venv-bench/bin/trl || { $(PYTHON) -m venv .venv-bench && \
 	  .venv-bench/bin/pip install --quiet --disable-pip-version-check -c configs/constraints.txt "torch==2.13.0" peft "trl==1.16.0"; }
 	@$(BIN)/python -m scripts.bench $(PARTS)
+
+torture: $(STAMP)  ## Kill, starve and damage runs for an hour, and count what is lost; PARTS="kills faults" for some of it.
+	@$(BIN)/python -m scripts.torture --long $(PARTS)
 
 clean:  ## Remove the environment and what the tools left; the model's cache stays.
 	rm -rf $(VENV) .venv-deepspeed .pytest_cache .mypy_cache .ruff_cache

@@ -15,6 +15,15 @@ EXIT_BUG = 1
 EXIT_INTERRUPTED_TWICE = 130
 
 
+def printable(text: str) -> str:
+    """Returns `text` with all that is not plain text, spaces, tabs and line breaks escaped."""
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode("ascii") for char in text
+    )
+
+
 @dataclass(frozen=True)
 class Problem:
     """One thing that is wrong.
@@ -28,6 +37,13 @@ class Problem:
     message: str
     where: str | None = None
     hint: str | None = None
+
+    def __post_init__(self) -> None:
+        """Escapes what a file could garble a terminal with, or no terminal can show: control codes, half characters."""
+        for name in ("message", "where", "hint"):
+            text = getattr(self, name)
+            if text is not None:
+                object.__setattr__(self, name, printable(text))
 
     def __str__(self) -> str:
         """Returns `where: message` and, on a line of its own, `hint: ...`."""

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 MANIFEST_FILE = "manifest.json"
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "tokenizers", "safetensors", "bitsandbytes")
 RUN_FILES = (
-    "adapter_*",
     "recipe.yaml",
+    "adapter_*",
     MANIFEST_FILE,
     "metrics.jsonl",
     "README.md",
@@ -41,13 +41,17 @@ RUN_FILES = (
     "lora",
     "tensorboard",
 )
-"""Globs of what a run writes into its folder, and so of what replacing a run removes."""
+"""Globs of what a run writes into its folder, and so of what replacing a run removes.
+
+The recipe goes first: without it there is nothing to resume, so a crash among these leaves no run of which half is old.
+"""
 
 FREE_TO_CHANGE = {
     "training.logging_steps",
     "training.save_steps",
     "training.save_total_limit",
     "training.eval_steps",
+    "training.load_best_at_end",
     "training.per_device_eval_batch_size",
     "logging.report_to",
     "evaluation.generate",

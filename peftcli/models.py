@@ -7,6 +7,7 @@ and a checkpoint that lacks a weight is an error: transformers would start that 
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -15,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftcli import hub
+from peftcli import headers, hub, vetting
 from peftcli.errors import HostError, ModelError, RecipeError
 from peftcli.quantization import packable, stored_fields
+from peftcli.recipe.paths import expand_home
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +70,7 @@ def locate(section: ModelSection) -> ModelSource:
     Raises:
         ModelError: `model.name` looks like a path and there is no such folder, or it lacks a config.json.
     """
-    path = Path(section.name).expanduser()
+    path = Path(expand_home(section.name))
     options: dict[str, Any] = {"trust_remote_code": False}
     if section.gguf_file is not None:
         options["gguf_file"] = section.gguf_file
@@ -121,6 +123,7 @@ def load_config(section: ModelSection, source: ModelSource) -> PretrainedConfig:
 
     with _explained(section, source, "configuration"):
         config: PretrainedConfig = AutoConfig.from_pretrained(source.name, **source.options)
+    vetting.check_config(config, section.name)
     if section.attn_implementation is not None:
         config._attn_implementation = section.attn_implementation
     return config
@@ -221,6 +224,7 @@ def load_model(
         if stored_fields(config):
             options |= {"config": _with_dense(config, stored_dense), "device_map": {"": device}}
     with _explained(section, source, "weights"), _quiet_loading():
+        _check_weights(section, source)
         loaded: Any = _model_class(section.task).from_pretrained(source.name, output_loading_info=True, **options)
     model, report = loaded
     misfits = {key: f"{key} {list(found)}, not {list(wanted)}" for key, found, wanted in report["mismatched_keys"]}
@@ -236,6 +240,32 @@ def load_model(
     _start(model, fresh, seed)
     placed: PreTrainedModel = model.to(device)
     return placed, fresh
+
+
+def _check_weights(section: ModelSection, source: ModelSource) -> None:
+    """Checks the weights' files before a loader reads them; of a hub model their index, as they are not here yet.
+
+    Raises:
+        OSError: A file cannot be read.
+        HeaderError: One is not what an honest program writes, or is no safetensors file.
+    """
+    if section.gguf_file is not None:
+        return
+    if source.is_local:
+        headers.check_weights(Path(source.name))
+        return
+    from transformers.utils.hub import cached_file
+
+    index = cached_file(
+        source.name,
+        headers.INDEX_FILE,
+        revision=section.revision,
+        local_files_only=bool(source.options.get("local_files_only")),
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if index is not None:
+        headers.read_index(Path(index))
 
 
 def stored_packed(skeleton: PreTrainedModel) -> list[str]:
@@ -329,6 +359,27 @@ def plain_folder(section: ModelSection, source: ModelSource) -> Iterator[Path]:
         with _quiet_loading():
             load_model(section, source, config, torch.device("cpu"))[0].save_pretrained(folder)
         yield Path(folder)
+
+
+def weight_files(source: ModelSource) -> list[Path]:
+    """Returns the files that hold the model's weights: fetched, if they are on the hub; none where they cannot be."""
+    from transformers.utils.hub import cached_file
+
+    def find(name: str) -> Path | None:
+        if source.is_local:
+            return path if (path := Path(source.name) / name).is_file() else None
+        options = {name: value for name, value in source.options.items() if name in ("revision", "local_files_only")}
+        quiet: Any = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+        found = cached_file(source.name, name, **options, **quiet)
+        return None if found is None else Path(found)
+
+    single = find(source.options.get("gguf_file", "model.safetensors"))
+    index = find("model.safetensors.index.json") if single is None else None
+    if index is None:
+        return [] if single is None else [single]
+    shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    found = [path for shard in shards if (path := find(shard)) is not None]
+    return found if len(found) == len(shards) else []
 
 
 def _snapshot(section: ModelSection, source: ModelSource) -> Path:

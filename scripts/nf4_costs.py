@@ -304,7 +304,7 @@ def stepper(loaded: LoadedRecipe) -> Callable[[int], tuple[float, float]]:
     rate = settings.learning_rate or method.default_learning_rate
     optimizer = optimizers.make_optimizer(model, settings, rate, rate)
     parameters = list(optimizers.trainable_parameters(model).values())
-    plan = StepPlan(len(samples), settings.per_device_train_batch_size, 1, settings.seed)
+    plan = StepPlan(len(samples), settings.micro_batch_size, 1, settings.seed)
     summed = objective(loaded.recipe.model.task)
 
     def step(number: int) -> tuple[float, float]:

@@ -22,8 +22,8 @@ LAYERS = (
     {"targets"},
     {"sites"},
     {"methods", "ops", "quantization", "architectures"},
-    {"recipe", "reporting", "hub", "processes"},
-    {"files"},
+    {"recipe", "reporting", "hub", "processes", "startup", "vetting"},
+    {"files", "headers"},
     {"errors", "__init__"},
 )
 """The parts from top to bottom. A part imports from its own layer or from one below, and never in a circle."""
@@ -52,7 +52,7 @@ ONLY_IN = {
     "datasets": {"data"},
     "yaml": {"recipe"},
 }
-WITHOUT_TORCH = ("cli", "recipe", "errors", "reporting", "files", "processes", "__main__")
+WITHOUT_TORCH = ("cli", "recipe", "errors", "reporting", "files", "processes", "startup", "__main__")
 
 
 def part_of(path):

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import signal
@@ -48,6 +49,45 @@ def test_a_write_that_fails_leaves_the_old_text(tmp_path, monkeypatch):
         files.write_text(path, "new")
     assert "free some space" in raised.value.problems[0].hint
     assert path.read_text() == "old"
+    assert names(tmp_path) == ["a.txt"]  # and what was written of the new one takes no space
+
+
+def test_text_is_appended_in_whatever_parts_the_system_takes_it(tmp_path, monkeypatch):
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:2]))
+    for line in ("first\n", "zweite – 二\n", ""):
+        files.append_text(tmp_path / "log", line)
+    assert (tmp_path / "log").read_text(encoding="utf-8") == "first\nzweite – 二\n"
+    monkeypatch.setattr(os, "write", fails_with(errno.ENOSPC))
+    with pytest.raises(HostError, match=r"cannot write .*log: No space left"):
+        files.append_text(tmp_path / "log", "third")
+
+
+def fails_with(number):
+    def fail(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("message", "hint"),
+    [("No space left on device (os error 28)", "free some space"), ("broken (os error 5)", "check the disk")],
+)
+def test_what_a_library_in_rust_says_of_the_disk_is_explained(message, hint, tmp_path):
+    with pytest.raises(HostError, match=r"cannot write .*: ") as raised, files.explained(tmp_path):
+        raise Exception(message)  # noqa: TRY002 - as tokenizers does
+    assert hint in raised.value.problems[0].hint
+    with pytest.raises(ZeroDivisionError), files.explained(tmp_path):
+        raise ZeroDivisionError("os error 28")
+
+
+def test_a_folder_that_cannot_be_flushed_is_no_secret(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", fails_with(errno.EIO))
+    with pytest.raises(OSError, match="Input/output error"):
+        files.sync_folder(tmp_path)
+    monkeypatch.setattr(os, "fsync", fails_with(errno.EINVAL))  # some file systems cannot
+    files.sync_folder(tmp_path)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), {"a": [float("-inf")]}], ids=str)
@@ -179,6 +219,79 @@ def test_when_the_new_folder_cannot_take_its_place_the_old_one_does(tmp_path, mo
     assert names(target) == ["old"]
 
 
+def test_what_a_crash_left_between_two_renames_is_put_back(tmp_path):
+    """Then the old folder is nowhere but under its temporary name, and the next writer may fail, too."""
+    (tmp_path / "folder.old.tmp").mkdir()
+    (tmp_path / "folder.old.tmp" / "old").touch()
+    (tmp_path / "folder.tmp").mkdir()
+    with pytest.raises(ValueError, match="no"), files.new_folder(tmp_path / "folder"):
+        raise ValueError("no")
+    assert names(tmp_path) == ["folder"]
+    assert names(tmp_path / "folder") == ["old"]
+
+
+def test_staged_files_take_their_places_at_the_end(tmp_path):
+    (tmp_path / "b").write_text("old")
+    (tmp_path / "c").write_text("kept")
+    with files.staged(tmp_path) as new:
+        (new / "deep").mkdir()
+        for name in ("a", "b", "deep/d"):
+            (new / name).write_text("new")
+        assert (tmp_path / "b").read_text() == "old"
+    assert {name: (tmp_path / name).read_text() for name in ("a", "b", "c", "deep/d")} == {
+        "a": "new",
+        "b": "new",
+        "c": "kept",
+        "deep/d": "new",
+    }
+    assert names(tmp_path) == ["a", "b", "c", "deep"]
+
+
+def test_staged_files_of_a_block_that_raises_are_gone(tmp_path):
+    def stop():
+        with files.staged(tmp_path) as new:
+            (new / "b").write_text("newer")
+            raise KeyboardInterrupt
+
+    (tmp_path / "b").write_text("new")
+    with pytest.raises(KeyboardInterrupt):
+        stop()
+    assert (tmp_path / "b").read_text() == "new"
+    assert names(tmp_path) == ["b"]
+
+
+def test_a_scratch_folder_is_gone_afterwards(tmp_path):
+    (tmp_path / "a.tmp").mkdir()
+    (tmp_path / "a.tmp" / "of a crash").touch()
+    with files.scratch_folder(tmp_path / "a") as folder:
+        assert list(folder.iterdir()) == []
+        (folder / "file").touch()
+    assert names(tmp_path) == []
+
+
+def test_a_folder_is_out_of_sight_before_it_is_taken_apart(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "file").touch()
+    (tmp_path / "a.tmp").mkdir()  # of a crash while another was removed
+    monkeypatch.setattr(os, "unlink", fails_with(errno.EIO))
+    with pytest.raises(HostError, match="Input/output error"):
+        files.remove_folder(tmp_path / "a")
+    monkeypatch.undo()
+    assert names(tmp_path) == ["a.tmp"]
+    (tmp_path / "a").mkdir()
+    files.remove_folder(tmp_path / "a")
+    assert names(tmp_path) == []
+
+
+def test_what_is_set_aside_takes_no_ones_place(tmp_path):
+    for number in range(3):
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a" / str(number)).touch()
+        aside = files.set_aside(tmp_path / "a", ".damaged")
+        assert names(aside) == [str(number)]
+    assert names(tmp_path) == ["a.damaged", "a.damaged-2", "a.damaged-3"]
+
+
 def test_a_folder_in_a_files_place_is_explained(tmp_path):
     (tmp_path / "file").touch()
     with (
@@ -205,6 +318,17 @@ def test_clear_run_removes_what_a_run_owns_alone(tmp_path):
         (tmp_path / name / "file").touch()
     files.clear_run(tmp_path, ["metrics.jsonl", "checkpoint-*[0-9]", "never-there"])
     assert names(tmp_path) == ["checkpoint-1.txt", "mine", "notes.txt"]
+
+
+def test_clear_temporary_removes_what_a_crash_left_and_nothing_else(tmp_path):
+    kept = ["checkpoint-1", "mine.tmp", "recipe.yaml"]
+    for name in (*kept, "recipe.yaml.tmp", "manifest.json.tmp"):
+        (tmp_path / name).touch()
+    for name in (".staged.tmp", "checkpoint-2.tmp", "merged.tmp", "merged.old.tmp", "checkpoint-1.old.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    files.clear_temporary(tmp_path, ["recipe.yaml", "manifest.json", "checkpoint-*", "merged"])
+    assert names(tmp_path) == sorted([*kept, "merged"])  # which was nowhere else
 
 
 # ---- the lock ----
@@ -248,3 +372,10 @@ def test_a_lock_is_given_back_and_not_shared(tmp_path):
         pass
     with pytest.raises(HostError, match="cannot write"):
         files.locked(tmp_path / "nowhere").__enter__()
+
+
+@pytest.mark.parametrize("failing", ["ftruncate", "write"])
+def test_a_lock_on_a_full_disk_is_explained(failing, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, failing, fails_with(errno.ENOSPC))
+    with pytest.raises(HostError, match=r"cannot write .*lock: No space left"):
+        files.locked(tmp_path).__enter__()

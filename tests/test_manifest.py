@@ -9,6 +9,8 @@ import pytest
 
 from peftcli import manifest
 from peftcli.recipe import DataSection, ModelSection, Recipe, TrainingSection
+from peftcli.run.fingerprint import fingerprint
+from peftcli.run.opening import open_base
 
 VALUES = {
     "model": {"name": "org/model"},
@@ -89,7 +91,8 @@ def test_the_manifest_is_true(finished, make_model, tmp_path, model_folder):
     assert json.loads((run / "manifest.json").read_text()) == facts
     assert facts["recipe_sha256"] == sha256(run / "recipe.yaml")
     assert facts["adapter_sha256"] == sha256(run / "adapter_model.safetensors")
-    assert facts["base_model"] == {"name": str(model_folder), "revision": None, "type": "llama"}
+    known = fingerprint(open_base(ModelSection(name=str(model_folder))))
+    assert facts["base_model"] == {"name": str(model_folder), "revision": None, "type": "llama", "fingerprint": known}
     assert (facts["method"], facts["seed"], facts["device"], facts["adapted_modules"]) == ("lora", 42, "cpu", 14)
     base = sum(parameter.numel() for parameter in make_model(tie_word_embeddings=True).parameters())
     # Per layer: q and o 48 x 48, k and v 48 x 24, gate, up and down 48 x 80; r (I + O) of each.

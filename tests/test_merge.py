@@ -429,3 +429,41 @@ def test_a_difference_is_forgiven_as_far_as_the_dtype_explains_it(dtype):
 def test_a_dtype_without_a_tolerance_is_held_to_float32s():
     with pytest.raises(ModelError, match=r"1e-04 that float64 allows"):
         merge.require_agreement(merge.Agreement(1e-3, 0.0, 1.0, 3), torch.float64)
+
+
+# ---- what no merge may pass on ----
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["as stored", "rounded"])
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight", "model.norm.weight"], ids=["adapted", "not"])
+def test_a_base_with_numbers_that_are_not_finite(name, dtype, value, make):
+    def spoil(tensors):
+        tensors[name].flatten()[-1] = float(value)
+        return tensors
+
+    case = make().adapt().rewrite(spoil)
+    with pytest.raises(ModelError, match=rf"model.safetensors: {name} holds values that are not finite"):
+        case.run(dtype)
+
+
+def test_a_buffer_may_be_infinite_and_what_is_no_parameter_anything(make):
+    """A mask's infinities mean something, and transformers passes over tensors that it does not know."""
+    case = make().adapt().rewrite(lambda tensors: {**tensors, "model.mask": torch.tensor([-torch.inf])})
+    case.run()
+    assert torch.isinf(load_file(case.target / merge.SINGLE_FILE)["model.mask"]).all()
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("sharded", [False, True], ids=["one file", "sharded"])
+def test_a_base_that_lacks_what_no_adapter_changes(sharded, tied, make):
+    """It would come out of the merge as it went in, and transformers would start that weight at random."""
+    lost = "model.norm.weight"
+    case = make(tied=tied).adapt()
+    case.rewrite(lambda tensors: {key: tensor for key, tensor in tensors.items() if key != lost})
+    if sharded:
+        shard = (case.base / merge.SINGLE_FILE).rename(case.base / "model-00001-of-00001.safetensors")
+        index = dict.fromkeys(load_file(shard), shard.name)
+        (case.base / merge.INDEX_FILE).write_text(json.dumps({"weight_map": index}))
+    with pytest.raises(ModelError, match=f"lack weights that the model needs: {lost}"):
+        case.run()

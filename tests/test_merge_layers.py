@@ -191,4 +191,3 @@ def test_the_working_set_is_a_layer_and_not_a_shard(tmp_path, make_model):
     assert limit < 150_000_000 < sum(sizes) - 50_000_000  # a shard would not fit into it, let alone the model
     assert taken <= limit, f"{taken / MEGABYTE:.0f} of {limit / MEGABYTE:.0f} MB"
     assert len(list((tmp_path / "merged").glob("*.safetensors"))) > 1
-

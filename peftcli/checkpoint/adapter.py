@@ -8,8 +8,8 @@ adapter would be another model without a word.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from peftcli import files, inject, methods, sharding
-from peftcli.errors import ModelError, PeftcliError
+from peftcli import files, headers, inject, methods, sharding
+from peftcli.checkpoint import seal as seals
+from peftcli.checkpoint.seal import Seal
+from peftcli.errors import ModelError, NumericalError, PeftcliError, Problem
 from peftcli.methods._protocol import Method, MethodConfig, Site, Targets
 from peftcli.targets import is_under, task_heads
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = seals.CONFIG_FILE
+WEIGHTS_FILE = seals.WEIGHTS_FILE
 BASE_PREFIX = "base_model.model."
 """What comes before the name of a base parameter on file."""
 SHARED_PREFIX = "base_model."
@@ -42,8 +44,17 @@ TARGET_FIELDS = {"target_modules", "exclude_modules", "layers_to_transform", "mo
 FACT_FIELDS = {"peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version"}
 INERT_FIELDS = {"auto_mapping", "fan_in_fan_out", "megatron_core", "qalora_group_size", "runtime_config"}
 """Fields of PEFT's that change nothing about what an adapter computes once it is trained, whatever their value."""
+PEFT_HEADS = {"classifier", "score"}
+"""What PEFT lists in `modules_to_save` of every labelling model, whichever of them it has."""
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "eva_", "lora_ga", "mica")
 """Starts of `init_lora_weights` values whose adapters belong to a base that PEFT has altered, not to the one named."""
+
+_AGAIN = "restore it from a backup or a checkpoint, or get the adapter's files again"
+_TOGETHER = "adapter_model.safetensors, adapter_config.json and the base model must belong together"
+
+
+# What comes of a value of another kind than a method's file has there.
+_MISREAD = (TypeError, ValueError, AttributeError, IndexError, OverflowError)
 
 
 @dataclass(frozen=True)
@@ -56,6 +67,7 @@ class Origin:
         base_model: The base's name.
         revision: The base's revision.
         task: The recipe's `model.task`.
+        fingerprint: That of the base's files; None where it could not be taken.
     """
 
     method: type[Method]
@@ -63,6 +75,7 @@ class Origin:
     base_model: str
     revision: str | None
     task: str
+    fingerprint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +89,8 @@ class Adapter:
         base_model: The name or path of the base model it was trained on, if the file tells.
         trained: Paths, or their ends, of the base's modules that were trained in full and are in the file.
         tensors: The tensors by their key on file.
+        seal: What its files were when peftcli wrote them; None where it did not, or the seal is damaged.
+        doubts: In what they are no longer that. Who uses the adapter must refuse it for these, or say them.
     """
 
     folder: Path
@@ -84,6 +99,8 @@ class Adapter:
     base_model: str | None
     trained: tuple[str, ...]
     tensors: dict[str, Tensor]
+    seal: Seal | None = None
+    doubts: tuple[Problem, ...] = ()
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -120,10 +137,12 @@ class Contents:
     Attributes:
         fields: Those of its `adapter_config.json`.
         tensors: Those of its `adapter_model.safetensors`.
+        fingerprint: That of the base's files.
     """
 
     fields: dict[str, Any]
     tensors: dict[str, Tensor]
+    fingerprint: str | None = None
 
 
 def save_adapter(folder: Path, model: nn.Module, origin: Origin, *, resumable: bool = False) -> None:
@@ -132,6 +151,7 @@ def save_adapter(folder: Path, model: nn.Module, origin: Origin, *, resumable: b
     Raises:
         HostError: The folder cannot be written.
         ModelError: What was read is not what was meant to be written.
+        NumericalError: The adapter holds values that are not finite.
     """
     write_contents(folder, contents(model, origin, resumable=resumable))
 
@@ -143,10 +163,15 @@ def contents(model: nn.Module, origin: Origin, *, resumable: bool = False) -> Co
         model: The model with its adapters.
         origin: What the files say beside the tensors.
         resumable: Hold tensors that training can go on from, where the method would save less of a finished adapter.
+
+    Raises:
+        NumericalError: A tensor holds values that are not finite.
+        ModelError: A tensor is empty, as those are whose numbers are on other processes.
     """
     tensors = adapter_tensors(model)
     if not resumable:
         tensors = origin.method.tensors_to_peft(tensors, origin.config)
+    require_sound(tensors, "the adapter")
     fields = {
         "peft_type": origin.method.peft_type_of(origin.config),
         "task_type": TASK_TYPES.get(origin.task),
@@ -158,19 +183,50 @@ def contents(model: nn.Module, origin: Origin, *, resumable: bool = False) -> Co
         **origin.method.peft_config(origin.config),
         **origin.method.peft_fields(inject.adapters(model)),
     }
-    return Contents(fields, tensors)
+    return Contents(fields, tensors, origin.fingerprint)
+
+
+def require_sound(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Raises an error where `tensors`, which are `what` a file is to hold, are empty or not finite.
+
+    Raises:
+        ModelError: One is empty.
+        NumericalError: One holds values that are not finite.
+    """
+    empty = [key for key, tensor in tensors.items() if not tensor.numel()]
+    if empty:
+        raise ModelError(
+            f"{what} cannot be saved: {empty[0]} is empty", hint="this is a bug in peftcli: please report it"
+        )
+    wrong = [key for key, tensor in tensors.items() if tensor.is_floating_point() and not _is_finite(tensor)]
+    if wrong:
+        others = f" and {len(wrong) - 1} other tensors hold" if len(wrong) > 1 else " holds"
+        raise NumericalError(
+            f"{what} cannot be saved: {wrong[0]}{others} values that are not finite",
+            hint="lower training.learning_rate; the last checkpoint is intact",
+        )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
 
 
 def write_contents(folder: Path, adapter: Contents) -> None:
-    """Writes an adapter's files into the existing `folder`, reads the tensors again and compares.
+    """Writes an adapter's files and their seal into the existing `folder`, reads them again and compares.
+
+    `adapter_config.json` comes last: without it a folder is no adapter.
 
     Raises:
         HostError: The folder cannot be written.
         ModelError: What was read is not what was meant to be written.
     """
     files.write_safetensors(folder / WEIGHTS_FILE, adapter.tensors, {"format": "pt"})
-    files.write_json(folder / CONFIG_FILE, adapter.fields)
     _verify_saved(folder / WEIGHTS_FILE, adapter.tensors)
+    seals.write(folder, adapter.fields, adapter.fingerprint)
+    files.write_json(folder / CONFIG_FILE, adapter.fields)
+    _, doubts = seals.examine(folder, _read_config(folder))
+    if doubts:
+        raise ModelError(f"{doubts[0].message}, a moment ago", hint="check the disk")
 
 
 def has_targets(method: type[Method]) -> bool:
@@ -196,8 +252,12 @@ def trained_beside(model: nn.Module, origin: Origin) -> list[str]:
 
 def _verify_saved(path: Path, tensors: Mapping[str, Tensor]) -> None:
     read = load_file(path)
-    if set(read) != set(tensors) or not all(torch.equal(read[key], tensors[key].cpu()) for key in tensors):
+    if set(read) != set(tensors) or not all(_is_same(read[key], tensors[key].cpu()) for key in tensors):
         raise ModelError(f"{path}: what was read back differs from the adapter in memory", hint="check the disk")
+
+
+def _is_same(read: Tensor, tensor: Tensor) -> bool:
+    return read.dtype == tensor.dtype and torch.equal(read, tensor)
 
 
 def target_names(model: nn.Module, sites: Iterable[str]) -> list[str]:
@@ -212,19 +272,37 @@ def target_names(model: nn.Module, sites: Iterable[str]) -> list[str]:
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """Returns the adapter in `folder`.
+    """Returns the adapter in `folder`, with what its seal says against it.
 
     Raises:
-        ModelError: A file is missing or damaged, or asks for something that this version does not have.
+        ModelError: A file is missing, damaged or not what its run wrote, or asks for something that this version does
+            not have.
     """
     fields = _read_config(folder)
+    seal, doubts = seals.examine(folder, fields)
+    try:
+        found = _adapter_of(folder, fields)
+    except ModelError as error:
+        raise seals.with_doubts(error, doubts) from error
+    return replace(found, seal=seal, doubts=tuple(doubts))
+
+
+def _adapter_of(folder: Path, fields: Mapping[str, Any]) -> Adapter:
     method = _method_of(fields, folder)
     config = _config_of(method, fields, folder)
     try:
-        tensors = method.tensors_from_peft(_read_tensors(folder), fields)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"{folder / WEIGHTS_FILE} does not fit its {CONFIG_FILE}: {error}") from error
-    return Adapter(folder, method, config, _base_of(fields), tuple(fields.get("modules_to_save") or ()), tensors)
+        tensors = method.tensors_from_peft(_tensors_of(folder), fields)
+    except (KeyError, *_MISREAD) as error:
+        raise ModelError(f"{folder / WEIGHTS_FILE} does not fit its {CONFIG_FILE}: {error}", hint=_TOGETHER) from error
+    return Adapter(folder, method, config, _base_of(fields), _trained_of(fields, folder), tensors)
+
+
+def _trained_of(fields: Mapping[str, Any], folder: Path) -> tuple[str, ...]:
+    """Returns the modules that were trained in full."""
+    found = fields.get("modules_to_save") or ()
+    if not isinstance(found, (list, tuple)) or not all(isinstance(name, str) for name in found):
+        raise ModelError(f"{folder / CONFIG_FILE}: modules_to_save is not a list of names", hint=_AGAIN)
+    return tuple(found)
 
 
 def task_of(folder: Path) -> str:
@@ -242,10 +320,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ModelError(
             f"{folder} is not an adapter: {what}", hint=f"an adapter folder holds {CONFIG_FILE} and {WEIGHTS_FILE}"
         ) from error
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} cannot be read: {error}", hint=_AGAIN) from error
     if not isinstance(fields, dict):
-        raise ModelError(f"{path} cannot be read: expected a JSON object")
+        raise ModelError(f"{path} cannot be read: expected a JSON object", hint=_AGAIN)
     return fields
 
 
@@ -278,11 +356,11 @@ def _config_of(method: type[Method], fields: Mapping[str, Any], folder: Path) ->
         checked: MethodConfig = config.model_validate({**config.model_dump(), **targets})
     except ValidationError as error:
         first = error.errors()[0]
-        raise ModelError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise ModelError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}", hint=_AGAIN) from error
     except KeyError as error:
-        raise ModelError(f"{path}: {error.args[0]} is missing") from error
-    except (TypeError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read: {error}") from error
+        raise ModelError(f"{path}: {error.args[0]} is missing", hint=_AGAIN) from error
+    except _MISREAD as error:
+        raise ModelError(f"{path} cannot be read: {error}", hint=_AGAIN) from error
     return checked
 
 
@@ -313,16 +391,26 @@ def _base_of(fields: Mapping[str, Any]) -> str | None:
     return base if isinstance(base, str) and base else None
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
+def _tensors_of(folder: Path) -> dict[str, Tensor]:
     path = folder / WEIGHTS_FILE
     if not path.is_file():
         pickled = sorted(file.name for file in folder.glob("*.bin"))
-        hint = f"{pickled[0]} is a pickle and is never read; convert it to safetensors" if pickled else None
+        hint = f"{pickled[0]} is a pickle and is never read; convert it to safetensors" if pickled else _AGAIN
         raise ModelError(f"{folder} is not an adapter: it has no {WEIGHTS_FILE}", hint=hint)
+    return read_tensors(path)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Returns the tensors of a safetensors file.
+
+    Raises:
+        ModelError: It is damaged, or not what an honest program writes.
+    """
     try:
+        headers.read(path)
         return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} is damaged: {error}", hint="restore it from a backup or a checkpoint") from error
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{path} is damaged: {error}", hint=_AGAIN) from error
 
 
 def attach(model: nn.Module, adapter: Adapter) -> list[Site]:
@@ -356,12 +444,25 @@ def require_fit(skeleton: nn.Module, adapter: Adapter) -> tuple[list[Site], list
 
 
 def _graft(model: nn.Module, adapter: Adapter) -> list[Site]:
+    where = f"{adapter.folder} does not fit this base model"
+    lost = _unknown_modules(model, adapter.trained)
+    if lost:
+        raise ModelError(f"{where}: modules_to_save: no module matches {', '.join(lost)}", hint=_TOGETHER)
     try:
         # A rank beyond a module's sides is wasteful, not wrong: PEFT trains them, and PiSSA's is stored twice as large.
         return inject.graft(model, adapter.method, adapter.config, 0, adapter.trained, unchecked=("r",))
     except PeftcliError as error:
-        listing = "; ".join(problem.message for problem in error.problems)
-        raise ModelError(f"{adapter.folder} does not fit this base model: {listing}") from error
+        found = (Problem(f"{where}: {one.message}", hint=one.hint or _TOGETHER) for one in error.problems)
+        raise ModelError.of(found) from error
+    except (RuntimeError, *_MISREAD) as error:  # sizes that torch cannot make
+        raise ModelError(f"{where}: {str(error).splitlines()[0]}", hint=_TOGETHER) from error
+
+
+def _unknown_modules(model: nn.Module, trained: Collection[str]) -> list[str]:
+    """Returns those of `trained` that name nothing in `model`."""
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    known = {one for one in trained if any(is_under(name, one) for name in names)}
+    return sorted({*trained} - known - (PEFT_HEADS if known & PEFT_HEADS else set()))
 
 
 def _base_name(key: str) -> str:
@@ -417,7 +518,7 @@ def _require_same_shapes(expected: Mapping[str, Tensor], tensors: Mapping[str, T
         more = f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
         raise ModelError(
             f"{where}: {'; '.join(sorted(wrong)[:10])}{more}",
-            hint="the file, its adapter_config.json and the base model must belong together",
+            hint=_TOGETHER,
         )
 
 
@@ -426,4 +527,4 @@ def _misfit(key: str, expected: Tensor, found: Tensor) -> list[str]:
         return [f"{key} has shape {list(found.shape)}, not {list(expected.shape)}"]
     if not found.is_floating_point():
         return [f"{key} holds {found.dtype}, not floating-point numbers"]
-    return [] if bool(torch.isfinite(found).all()) else [f"{key} holds values that are not finite"]
+    return [] if _is_finite(found) else [f"{key} holds values that are not finite"]

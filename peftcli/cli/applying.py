@@ -15,7 +15,9 @@ from peftcli.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
     from peftcli.merge import Agreement
+    from peftcli.reporting import Reporter
     from peftcli.run.merging import Merged
+    from peftcli.run.subject import Subject
 
 Run = Annotated[Path | None, typer.Argument(help="A run's folder: the output_dir of train.", show_default=False)]
 Adapter = Annotated[
@@ -23,6 +25,12 @@ Adapter = Annotated[
     typer.Option(help="An adapter's folder, peftcli's or PEFT's, in place of the run's.", show_default=False),
 ]
 Model = Annotated[str | None, typer.Option(help="The base model, where it is not where the adapter says.")]
+Force = Annotated[
+    bool,
+    typer.Option(
+        "--force", help="Apply an adapter that has changed since it was written, or was trained on another base."
+    ),
+]
 
 
 def evaluate(
@@ -32,14 +40,14 @@ def evaluate(
     data: Annotated[Path | None, typer.Option(help="A file to evaluate on, in place of the recipe's.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Samples a pass. Left out: the recipe's.")] = None,
     device: Device = None,
+    force: Force = False,
     json: AsJson = False,
 ) -> None:
     """Measure base, adapter and merged model side by side on the same data."""
     from peftcli.run.applying import evaluate as run_evaluate
-    from peftcli.run.subject import open_subject
 
-    subject = open_subject(run, adapter, model)
-    results = run_evaluate(subject, data, batch_size, device, make_reporter())
+    subject, reporter = _opened(run, adapter, model, force=force)
+    results = run_evaluate(subject, data, batch_size, device, reporter)
     if json:
         console.print_json(results)
     else:
@@ -71,6 +79,7 @@ def merge(
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")] = False,
+    force: Force = False,
     json: AsJson = False,
 ) -> None:
     """Merge the adapter into the base model's weights, and prove that the result is the same model."""
@@ -85,21 +94,20 @@ def merge(
     from peftcli.run import MERGED_FOLDER
     from peftcli.run.merging import merge as run_merge
     from peftcli.run.merging import merge_onto
-    from peftcli.run.subject import open_subject
 
-    subject = open_subject(run, adapter, model)
+    subject, reporter = _opened(run, adapter, model, force=force)
     target = output or (run or subject.adapter.folder) / MERGED_FOLDER
     if base is not None:
-        both, count = merge_onto(subject, target, dtype, base, make_reporter(), overwrite=overwrite)
+        both, count = merge_onto(subject, target, dtype, base, reporter, overwrite=overwrite)
         facts = {**vars(both[base]), "base": base, "compared": {name: vars(one) for name, one in both.items()}}
         said = [_agreement(f"onto the {name} base, compared", one) for name, one in both.items()]
     else:
-        done = run_merge(subject, target, dtype, make_reporter(), overwrite=overwrite, verify=verify)
+        done = run_merge(subject, target, dtype, reporter, overwrite=overwrite, verify=verify)
         count, (facts, said) = done.count, _proven(done)
     if json:
         console.print_json({"folder": str(target), "merged_weights": count, **facts})
         return
-    console.stdout.print(f"merged {count} weights into {target}")
+    console.stdout.print(f"merged {count} weights into {console.shown(str(target))}")
     for line in said:
         console.stdout.print(line)
 
@@ -130,6 +138,7 @@ def export(
         bool, typer.Option("--lossy", help="For updates that differ from token to token: write their mean.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")] = False,
+    force: Force = False,
     json: AsJson = False,
 ) -> None:
     """Write the adapter as a LoRA, which PEFT, vLLM and llama.cpp can serve, and measure how near it is."""
@@ -139,21 +148,31 @@ def export(
 
     from peftcli.run import EXPORT_FOLDER
     from peftcli.run.exporting import export_as_lora
-    from peftcli.run.subject import open_subject
 
-    subject = open_subject(run, adapter, model)
+    subject, reporter = _opened(run, adapter, model, force=force)
     target = output or (run or subject.adapter.folder) / EXPORT_FOLDER
-    done = export_as_lora(subject, target, rank, make_reporter(), lossy=lossy, overwrite=overwrite)
+    done = export_as_lora(subject, target, rank, reporter, lossy=lossy, overwrite=overwrite)
     if json:
         console.print_json({"folder": str(target), **asdict(done)})
         return
     kind = "exactly" if done.exact else "nearly"
     console.stdout.print(
-        f"wrote {target}: {kind} the adapter, as a LoRA on {done.modules} modules of rank up to {done.largest_rank}"
+        f"wrote {console.shown(str(target))}: {kind} the adapter, as a LoRA on {done.modules} modules of rank up to "
+        f"{done.largest_rank}"
     )
     if done.update_error:
         console.stdout.print(f"its updates are off by up to {100 * done.update_error:.1f} % (Frobenius norm)")
     console.stdout.print(_agreement("verified" if done.exact else "compared", done.agreement))
+
+
+def _opened(run: Path | None, adapter: Path | None, model: str | None, *, force: bool) -> tuple[Subject, Reporter]:
+    """Returns the subject that the command line names, and where progress goes; says what was not verified of it."""
+    from peftcli.run.subject import open_subject
+
+    subject, reporter = open_subject(run, adapter, model, force=force), make_reporter()
+    for remark in subject.remarks:
+        reporter.note(remark)
+    return subject, reporter
 
 
 def _agreement(verb: str, found: Agreement) -> str:
@@ -169,13 +188,14 @@ def readout(
     adapter: Adapter = None,
     model: Model = None,
     nearest: Annotated[int, typer.Option("-k", "--nearest", min=1, help="How many tokens to show for each.")] = 5,
+    force: Force = False,
     json: AsJson = False,
 ) -> None:
     """Show the real tokens nearest to each virtual token of a trained prompt."""
     from peftcli.run.applying import readout as run_readout
-    from peftcli.run.subject import open_subject
 
-    found = run_readout(open_subject(run, adapter, model), nearest, make_reporter())
+    subject, reporter = _opened(run, adapter, model, force=force)
+    found = run_readout(subject, nearest, reporter)
     if json:
         console.print_json(found)
         return
@@ -190,6 +210,13 @@ def readout(
     console.print_table(["prompt", "position", "nearest tokens, cosine distance"], rows)
 
 
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # too long for a name: it is a prompt
+        return False
+
+
 def generate(
     run: Run = None,
     prompts: Annotated[list[str] | None, typer.Argument(help="What to answer.", show_default=False)] = None,
@@ -199,23 +226,23 @@ def generate(
     base: Annotated[bool, typer.Option("--base", help="Show the base model's answer beside the adapter's.")] = False,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")] = None,
     device: Device = None,
+    force: Force = False,
     json: AsJson = False,
 ) -> None:
     """Answer prompts, put to the model as in training."""
     wanted = list(prompts or [])
-    if run is not None and adapter is not None and not run.is_dir():
+    if run is not None and adapter is not None and not _is_folder(run):
         wanted.insert(0, str(run))  # with --adapter the first word may be a prompt
         run = None
     wanted = [text.replace("\\n", "\n") for text in wanted] + _lines(prompt_file)
     if not wanted:
         raise RecipeError("there is no prompt", hint="write one after the run's folder, or name a --prompt-file")
     from peftcli.run.applying import generate as run_generate
-    from peftcli.run.subject import open_subject
 
     changes: dict[str, Any] = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
-    subject = open_subject(run, adapter, model)
+    subject, reporter = _opened(run, adapter, model, force=force)
     answers = []
-    for answer in run_generate(subject, wanted, changes, device, make_reporter(), with_base=base):
+    for answer in run_generate(subject, wanted, changes, device, reporter, with_base=base):
         answers.append(answer)
         if not json:
             _print_answer(answer)

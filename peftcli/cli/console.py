@@ -12,6 +12,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from peftcli.cli.secrets import redacted
+from peftcli.errors import printable
+
 if TYPE_CHECKING:
     from peftcli.data.preview import Segment
     from peftcli.errors import PeftcliError
@@ -20,17 +23,22 @@ stderr = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 stdout = Console(highlight=False, soft_wrap=True, emoji=False)
 
 
-def print_error(error: PeftcliError) -> None:
+def shown(text: str) -> str:
+    """Returns a text as it is printed: without secrets and control codes, and with its brackets kept."""
+    return escape(printable(redacted(text)))
+
+
+def print_error(error: PeftcliError, *, to: Console = stderr) -> None:
     """Prints every problem of an error: `error: where: what`, and its `hint:` below."""
     for problem in error.problems:
         place = f"{problem.where}: " if problem.where else ""
-        stderr.print(f"[bold red]error:[/] {escape(place + problem.message)}")
+        to.print(f"[bold red]error:[/] {shown(place + problem.message)}")
         if problem.hint:
-            stderr.print(f"\n[bold cyan]hint:[/] {escape(problem.hint)}")
+            to.print(f"\n[bold cyan]hint:[/] {shown(problem.hint)}")
         if len(error.problems) > 1:
-            stderr.print()
+            to.print()
     if len(error.problems) > 1:
-        stderr.print(f"{len(error.problems)} problems")
+        to.print(f"{len(error.problems)} problems")
 
 
 def print_json(value: Any) -> None:
@@ -58,9 +66,9 @@ def print_sample(segments: Sequence[Segment], title: str, *, to: Console = stder
     text = Text()
     for segment in segments:
         if segment.supervised:
-            text.append(f"⟦{segment.text}⟧", style="bold green")
+            text.append(f"⟦{printable(segment.text)}⟧", style="bold green")
         else:
-            text.append(segment.text, style="dim")
+            text.append(printable(segment.text), style="dim")
     to.print(f"[bold]{escape(title)}[/] (trained on: ⟦…⟧)")
     to.print(text)
     to.print()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import tempfile
 import traceback
@@ -9,11 +10,11 @@ from collections.abc import Callable
 from typing import Annotated, NoReturn
 
 import typer
-from rich.markup import escape
 
-from peftcli import __version__, processes
+from peftcli import __version__, processes, startup
 from peftcli.cli import applying, console, reference, training
-from peftcli.errors import EXIT_BUG, EXIT_INTERRUPTED_TWICE, PeftcliError
+from peftcli.cli.secrets import redacted
+from peftcli.errors import EXIT_BUG, EXIT_INTERRUPTED_TWICE, PeftcliError, RecipeError
 
 app = typer.Typer(
     name="peftcli",
@@ -59,11 +60,12 @@ def options(
 
 def main() -> NoReturn:
     """Runs the command line and exits with the code that says how it went."""
+    startup.begin()
     try:
-        app(standalone_mode=True)
+        _run()
     except PeftcliError as error:
         if "--debug" in sys.argv:
-            traceback.print_exc()
+            sys.stderr.write(redacted(traceback.format_exc()))
         if processes.speaks(error, error.exit_code):
             console.print_error(error)
         sys.exit(error.exit_code)
@@ -73,15 +75,25 @@ def main() -> NoReturn:
         raise
     except Exception:
         if "--debug" in sys.argv:
-            traceback.print_exc()
+            sys.stderr.write(redacted(traceback.format_exc()))
         if processes.speaks(None, EXIT_BUG):
-            console.stderr.print(f"[bold red]error:[/] this is a bug in peftcli: {escape(_save_traceback())}")
+            console.stderr.print(f"[bold red]error:[/] this is a bug in peftcli: {console.shown(_save_traceback())}")
             console.stderr.print("\n[bold cyan]hint:[/] report it with that file, which holds the traceback")
         sys.exit(EXIT_BUG)
     sys.exit(0)
 
 
+def _run() -> None:
+    """Runs the command line; a name that no file can have is a mistake in it, wherever that is noticed."""
+    try:
+        app(standalone_mode=True)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        raise RecipeError(f"{str(error.filename)[:60]}… is too long for a file's name") from error
+
+
 def _save_traceback() -> str:
     with tempfile.NamedTemporaryFile("w", prefix="peftcli-bug-", suffix=".txt", delete=False, encoding="utf-8") as file:
-        traceback.print_exc(file=file)
+        file.write(redacted(traceback.format_exc()))
     return f"{sys.exc_info()[1]!r}; the traceback is in {file.name}"

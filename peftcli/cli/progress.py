@@ -5,10 +5,9 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from peftcli.cli.console import stderr
+from peftcli.cli.console import shown, stderr
 from peftcli.cli.metrics import metrics_line
 
 if TYPE_CHECKING:
@@ -51,10 +50,10 @@ class PlainReporter:
         self._started = time.monotonic()
 
     def stage(self, text: str) -> None:  # noqa: D102
-        stderr.print(f"{escape(text)} …")
+        stderr.print(f"{shown(text)} …")
 
     def note(self, text: str) -> None:  # noqa: D102
-        stderr.print(escape(text))
+        stderr.print(shown(text))
 
     def begin(self, total_steps: int, first_step: int) -> None:  # noqa: D102
         self._total, self._first, self._started = total_steps, first_step, time.monotonic()
@@ -102,10 +101,10 @@ class LiveReporter:
         return self._progress
 
     def stage(self, text: str) -> None:  # noqa: D102
-        stderr.print(f"[dim]{escape(text)} …[/]")
+        stderr.print(f"[dim]{shown(text)} …[/]")
 
     def note(self, text: str) -> None:  # noqa: D102
-        stderr.print(escape(text))
+        stderr.print(shown(text))
 
     def begin(self, total_steps: int, first_step: int) -> None:  # noqa: D102
         self._training = self._display().add_task("training", total=total_steps, completed=first_step, facts="")

@@ -74,7 +74,7 @@ def train(
     if json:
         console.print_json(facts)
         return
-    folder, result = loaded.recipe.output_dir, facts["result"]
+    folder, result = console.shown(str(loaded.recipe.output_dir)), facts["result"]
     evaluated = f", evaluation loss {result['eval']['eval_loss']:.4f}" if result["eval"] else ""
     console.stderr.print(f"done: {result['steps']} steps in {result['seconds']:.0f} s{evaluated}; adapter in {folder}")
     writes = f" · peftcli generate {folder} PROMPT" if loaded.recipe.model.task.endswith("-lm") else ""
@@ -121,7 +121,12 @@ def _totals(facts: dict[str, Any]) -> list[list[str]]:
         if facts[key]:
             rows += [[f"  {name}", f"{facts[key]:,}"], [f"  less those {name}", f"{trainable - facts[key]:,}"]]
     rows += [["base model", f"{facts['base_params']:,}"], ["all", f"{facts['total_params']:,}"]]
-    return [*rows, ["adapter on disk", f"{facts['adapter_bytes'] / 1e6:,.2f} MB"]]
+    sizes = {
+        "adapter on disk": "adapter_bytes",
+        "base weights in memory": "base_bytes",
+        "what trains, gradients, moments": "training_bytes",
+    }
+    return [*rows, *([name, f"{facts[key] / 1e6:,.2f} MB"] for name, key in sizes.items())]
 
 
 def validate(
@@ -145,7 +150,7 @@ def validate(
         console.print_json(found)
     else:
         facts = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in found.items() if name != "recipe")
-        console.stdout.print(f"{recipe} is valid: {facts}")
+        console.stdout.print(console.shown(f"{recipe} is valid: {facts}"))
 
 
 def preview(

@@ -79,7 +79,8 @@ def _message(turn: Any, name: str) -> Message:
     message = {key: value for key, value in turn.items() if value is not None}
     if "from" in message and "role" not in message:
         role, content = message.pop("from"), message.pop("value", None)
-        message = {"role": SHAREGPT_ROLES.get(role, role), "content": content} | message
+        known = SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
+        message = {"role": known, "content": content} | message
     role = message.get("role")
     if role not in ROLES:
         said = f'"{role}"' if isinstance(role, str) else type_name(role)
@@ -114,11 +115,9 @@ def render(
     Raises:
         BadRow: The template refuses them.
     """
-    import jinja2
-
     try:
         text = tokenizer.apply_chat_template(list(messages), tools=tools, add_generation_prompt=prompt, tokenize=False)
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+    except Exception as error:  # a template is a program, which the model's folder brings
         roles = ", ".join(message["role"] for message in messages)
         raise BadRow(f"the model's chat template refuses the turns {roles}: {error}") from error
     assert isinstance(text, str)
@@ -167,6 +166,7 @@ def chats_of(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> list[
 
 def _chat(turn: Turn, spans: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase) -> Chat:
     """Returns the sample that ends with `turn`; its end is marked with EOS where the template marks none."""
+    checked_text(turn.text, "the rendered chat")  # tools and calls are checked in no other place
     if turn.marked:
         return Chat(turn.text, tuple(spans))
     text = turn.text[: turn.end] + end_of_text(tokenizer)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from transformers import BaseImageProcessor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+"""What the bytes may be, whatever the name says: Pillow would start a program for some other formats."""
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """Pillow's name of an image with so many channels."""
 CHUNK_ROWS = 64
@@ -184,11 +187,14 @@ def _content(row: Row) -> bytes:
         return value
     if not isinstance(value, str):
         raise BadRow(f"image is {type_name(value)}, not a path, bytes, or an object with bytes")
+    hint = "relative paths start at the current folder"
     try:
-        return Path(value).expanduser().read_bytes()
-    except OSError as error:
-        hint = "relative paths start at the current folder"
-        raise BadRow(f"image {value} cannot be read: {error.strerror}", hint) from error
+        path = Path(value).expanduser()
+        if not path.is_file():  # nor a device, which may have no end
+            raise BadRow(f"image {value} cannot be read: there is no such file", hint)
+        return path.read_bytes()
+    except (OSError, RuntimeError) as error:
+        raise BadRow(f"image {value} cannot be read: {getattr(error, 'strerror', None) or error}", hint) from error
 
 
 def _opened(content: bytes) -> Image:
@@ -196,9 +202,13 @@ def _opened(content: bytes) -> Image:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        return Image.open(io.BytesIO(content))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            return Image.open(io.BytesIO(content), formats=FORMATS)
     except UnidentifiedImageError:
-        raise BadRow("image is in no format that can be read") from None
+        raise BadRow("image is in no format that can be read", f"the formats are {', '.join(FORMATS)}") from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise BadRow("image has more pixels than an honest one", "make it smaller") from None
 
 
 @dataclass(frozen=True)

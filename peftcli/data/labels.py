@@ -5,7 +5,6 @@ Names are sorted, so a label's number depends on which labels there are and not 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +21,9 @@ from peftcli.errors import DataError, Problem, RecipeError, did_you_mean
 
 Kind: TypeAlias = Literal["single-label", "multi-label", "regression"]
 T = TypeVar("T")
+
+LARGEST = float(np.finfo(np.float32).max)
+"""The largest number that a regression label can be: targets are in float32."""
 
 LABEL_COLUMN = {"classification": "label", "image": "label", "token-classification": "tags"}
 """The column that holds the labels, for each format that has them."""
@@ -199,11 +201,11 @@ def _numbers(value: Any) -> list[float]:
     for one in value if isinstance(value, list) else [value]:
         try:
             number = float("nan") if isinstance(one, bool) or not isinstance(one, (int, float, str)) else float(one)
-        except ValueError:
+        except (ValueError, OverflowError):
             number = float("nan")
-        if not math.isfinite(number):
+        if not abs(number) <= LARGEST:
             shown = f'"{one}"' if isinstance(one, str) else str(one)
-            raise BadRow(f"label is {shown}, not a finite number", "model.problem_type is regression")
+            raise BadRow(f"label is {shown[:80]}, not a finite number", "model.problem_type is regression")
         numbers.append(number)
     if not numbers:
         raise BadRow("label is an empty list")

@@ -88,6 +88,8 @@ def _json_object(line: bytes, name: str, number: int) -> Row:
         raise DataError(f"not JSON: {error.msg} at column {error.colno}", where=where) from None
     except RecursionError:
         raise DataError("the JSON is nested too deeply", where=where) from None
+    except ValueError as error:  # Python reads no integers of thousands of digits
+        raise DataError(f"not JSON that can be read: {error}", where=where) from None
     if not isinstance(row, dict):
         raise DataError(f"{type_name(row)}, where each line must hold an object with named fields", where=where)
     return row
@@ -141,6 +143,8 @@ def _json(path: Path, name: str) -> Rows:
         raise DataError(f"not JSON: {error.msg} at column {error.colno}", where=where) from None
     except RecursionError:
         raise DataError("the JSON is nested too deeply", where=name) from None
+    except ValueError as error:
+        raise DataError(f"not JSON that can be read: {error}", where=name) from None
     bad = [Problem(f"{type_name(row)}, not an object", f"{name} row {i + 1}") for i, row in _not_objects(rows)]
     if bad:
         raise DataError.of(bad[:MAX_PROBLEMS])
@@ -233,11 +237,15 @@ def _parquet(path: Path, name: str) -> Rows:
     data = _whole(path, name)
     try:
         table = pq.ParquetFile(pa.BufferReader(data)).read()
-    except pa.ArrowException as error:
-        raise DataError(f"not Parquet: {str(error).splitlines()[0]}", where=name) from error
+    except (pa.ArrowException, OSError, OverflowError, ValueError) as error:  # pyarrow raises what its parts raise
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise DataError(f"not Parquet: {reason[0]}", where=name) from error
 
     def take(wanted: Sequence[int]) -> list[Row]:
-        taken: list[Row] = table.take(pa.array(wanted, pa.int64())).to_pylist()
+        try:
+            taken: list[Row] = table.take(pa.array(wanted, pa.int64())).to_pylist()
+        except (pa.ArrowException, ValueError, OverflowError) as error:  # such as text that is not UTF-8
+            raise _unreadable(table, wanted, name) from error
         return [{key: without_nulls(value) for key, value in row.items()} for row in taken]
 
     return Rows(
@@ -248,6 +256,17 @@ def _parquet(path: Path, name: str) -> Rows:
         lambda i: f"{name} row {i + 1}",
         **_identity(data) | {"num_bytes": table.nbytes},
     )
+
+
+def _unreadable(table: Any, wanted: Sequence[int], name: str) -> DataError:
+    """Returns the error for the first value of a table that cannot be read."""
+    for index in wanted:
+        for column in table.column_names:
+            try:
+                table[column][index].as_py()
+            except Exception as error:
+                return DataError(f"{column} cannot be read: {error}", where=f"{name} row {index + 1}")
+    raise AssertionError("all values can be read")
 
 
 def _lines(path: Path, name: str) -> Rows:

@@ -14,9 +14,13 @@ from peftcli import hub
 from peftcli.data.readers import READERS, read_file
 from peftcli.data.rows import Row, Rows, concatenate, without_nulls
 from peftcli.errors import DataError, RecipeError
+from peftcli.recipe.paths import expand_home
 
 if TYPE_CHECKING:
     from peftcli.recipe.schema import Source
+
+UNPICKLING = ("webdataset", "pandas")
+"""Readers of `datasets` that may unpickle what they read."""
 
 
 def read_rows(sources: Sequence[Source], section_key: str, *, images: bool = False) -> Rows:
@@ -47,7 +51,7 @@ def read_rows(sources: Sequence[Source], section_key: str, *, images: bool = Fal
 
 def _read(source: Source, section_key: str, *, images: bool) -> Rows:
     """Returns the rows of one source."""
-    path = Path(source.path).expanduser()
+    path = Path(expand_home(source.path))
     if images and path.is_dir() and any(entry.is_dir() for entry in path.iterdir()):
         from peftcli.data.images import image_folder
 
@@ -113,7 +117,7 @@ def _load(source: Source, section_key: str) -> Rows:
     """Returns the rows of a dataset on the hub, in the hub's cache on this machine, or in a local folder."""
     import datasets
 
-    folder = Path(source.path).expanduser()
+    folder = Path(expand_home(source.path))
     try:
         with _quiet():
             dataset = _load_folder(str(folder), source) if folder.is_dir() else _load_from_hub(source)
@@ -183,7 +187,7 @@ def _load_from_hub(source: Source) -> Any:
     offline = datasets.config.HF_HUB_OFFLINE
     datasets.config.HF_HUB_OFFLINE = offline or not hub.reachable()
     try:
-        return datasets.load_dataset(source.path, source.name, split=source.split)
+        return _made(datasets.load_dataset_builder(source.path, source.name), source)
     finally:
         datasets.config.HF_HUB_OFFLINE = offline
 
@@ -193,12 +197,28 @@ def _load_folder(folder: str, source: Source) -> Any:
     import datasets
 
     with TemporaryDirectory(prefix="peftcli-") as cache:
-        return datasets.load_dataset(folder, source.name, split=source.split, cache_dir=cache, keep_in_memory=True)
+        return _made(datasets.load_dataset_builder(folder, source.name, cache_dir=cache), source, in_memory=True)
+
+
+def _made(builder: Any, source: Source, *, in_memory: bool = False) -> Any:
+    """Returns the dataset of a `datasets` builder.
+
+    Raises:
+        DataError: It reads archives in WebDataset's form, whose members may be pickles.
+    """
+    if type(builder).__module__.rpartition(".")[2] in UNPICKLING:
+        raise DataError(
+            "archives may hold pickles, which are never read",
+            where=source.path,
+            hint="unpack them into files, or write the rows as Parquet",
+        )
+    builder.download_and_prepare()
+    return builder.as_dataset(split=source.split, in_memory=in_memory)
 
 
 def _load_hint(path: str) -> str:
     """Returns what to do about a dataset that could not be loaded."""
-    folder = Path(path).expanduser()
+    folder = Path(expand_home(path))
     if folder.is_dir():
         inside = sorted(entry.name for entry in folder.iterdir() if entry.suffix.lower() in READERS)
         return f"name a file in it, such as {Path(path) / inside[0]}" if inside else "name a data file instead"

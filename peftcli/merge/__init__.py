@@ -5,9 +5,10 @@ adapted layer computes, and written under the same name in the same shard, so th
 transformers would have saved. No model is built for it, and no more than one layer is in memory.
 """
 
+from peftcli.headers import INDEX_FILE, SINGLE_FILE
 from peftcli.merge.agreement import TOLERANCE, Agreement, compare, logits_of, require_agreement
 from peftcli.merge.proof import LAYER_TOLERANCE, LayerProof
-from peftcli.merge.stored import INDEX_FILE, SINGLE_FILE, stored_dtype
+from peftcli.merge.stored import stored_dtype
 from peftcli.merge.writing import merge_files
 
 __all__ = [

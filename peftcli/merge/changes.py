@@ -12,7 +12,7 @@ from torch import Tensor
 from peftcli.checkpoint.adapter import BASE_PREFIX, SHARED_PREFIX, Adapter, require_fit
 from peftcli.errors import ModelError
 from peftcli.merge.sources import Sources
-from peftcli.merge.stored import is_tied
+from peftcli.merge.stored import is_finite, is_tied
 from peftcli.methods._protocol import Method, Site
 from peftcli.targets import output_head
 
@@ -69,6 +69,7 @@ class Changes:
         if key in self.whole:
             return self.whole[key]
         old = widened(self.sources.read(key))
+        self.sources.entries[key].require_finite(old)
         site = self.biases.get(key) or self.weights[key]
         if key in self.biases:
             new = self._method(site, old).merged_bias(old)
@@ -138,11 +139,6 @@ class Changes:
 def widened(tensor: Tensor) -> Tensor:
     """Returns `tensor` in float32 or wider."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Returns whether every number is finite, without a second tensor of its size."""
-    return not tensor.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
 
 
 def _refuse_both_tied(skeleton: PreTrainedModel, sites: list[Site]) -> None:

@@ -23,6 +23,7 @@ class Sources:
     """The base's tensors by their key, read one at a time.
 
     Attributes:
+        skeleton: The model on the meta device.
         entries: Those that are weights of the model: not what belongs to a packed one.
         stored: Which parameter each of them is.
     """
@@ -35,7 +36,7 @@ class Sources:
         section: QuantizationSection | None,
     ) -> None:
         """Args as `merge_files` has them; `found` is all that the base's files hold."""
-        self._all, self._packing, self._section, self._skeleton = found, packing, section, skeleton
+        self._all, self._packing, self._section, self.skeleton = found, packing, section, skeleton
         self.entries = {key: entry for key, entry in found.items() if section is None or not is_companion(key)}
         self.stored = Stored(skeleton, self.entries)
         paths = packing.paths if packing is not None else ()
@@ -55,7 +56,7 @@ class Sources:
         assert self._section is not None
         in_8_bits = "SCB" in companions
         dtype = torch.float32 if in_8_bits else compute_dtype(self._section, torch.device("cpu"))
-        shape = tuple(self._skeleton.get_parameter(self.stored.names[key]).shape)
+        shape = tuple(self.skeleton.get_parameter(self.stored.names[key]).shape)
         return form_of(dtype, shape)
 
     def read(self, key: str) -> Tensor:

@@ -7,26 +7,25 @@ touched would count as the process's memory.
 from __future__ import annotations
 
 import contextlib
-import json
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
-from peftcli import models
+from peftcli import headers, models
 from peftcli.errors import ModelError
+from peftcli.headers import INDEX_FILE, SINGLE_FILE
 from peftcli.merge.tensor_file import PART_BYTES
 from peftcli.targets import output_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
 DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -75,32 +74,54 @@ class Entry:
             raise ModelError(f"{self.key} is stored as {self.dtype}, which is not computed on")
         tensor = torch.empty(self.shape, dtype=DTYPES[self.dtype])
         if self.nbytes:
-            view = bytes_of(tensor)
-            done = 0
             with self._at_start() as file:
-                while done < self.nbytes:
-                    done += self._whole(file.readinto(view[done:]))
+                self._fill(file, bytes_of(tensor))
         return tensor
 
-    def chunks(self) -> Iterator[bytes]:
-        """Yields the tensor's bytes, a few MB at a time."""
+    def chunks(self, *, finite: bool = False) -> Iterator[memoryview]:
+        """Yields the tensor's bytes, a few MB at a time.
+
+        Args:
+            finite: Whether its numbers must be.
+
+        Raises:
+            ModelError: They are not, or the file has changed.
+        """
         left = self.nbytes
         with self._at_start() as file:
             while left:
-                chunk = file.read(min(left, PART_BYTES))
-                left -= self._whole(len(chunk))
-                yield chunk
+                chunk = bytearray(min(left, PART_BYTES))
+                self._fill(file, memoryview(chunk))
+                left -= len(chunk)
+                if finite:
+                    self.require_finite(torch.frombuffer(chunk, dtype=DTYPES[self.dtype]))
+                yield memoryview(chunk)
+
+    def require_finite(self, numbers: Tensor) -> None:
+        """Raises a ModelError where `numbers`, which are the tensor's or some of them, are not all finite."""
+        if not is_finite(numbers):
+            raise ModelError(
+                f"{self.path}: {self.key} holds values that are not finite", hint="get the base model's files again"
+            )
 
     @contextlib.contextmanager
     def _at_start(self) -> Iterator[Any]:
-        with explained(self.path), self.path.open("rb", buffering=0) as file:
+        with explained(self.path), self.path.open("rb") as file:
             file.seek(self.start)
             yield file
 
-    def _whole(self, count: int | None) -> int:
-        if not count:
+    def _fill(self, file: Any, view: memoryview) -> None:
+        if file.readinto(view) != len(view):
             raise OSError(f"it ends before {self.key} does")
-        return count
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Returns whether every number is finite, without a second tensor of its size."""
+    if not tensor.numel() or not tensor.is_floating_point():
+        return True
+    if tensor.element_size() == 1:  # few operations know 8-bit floats
+        tensor = tensor.half()
+    return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
@@ -114,14 +135,12 @@ def entries(path: Path) -> dict[str, Entry]:
     Raises:
         ModelError: The file is missing or damaged.
     """
-    with explained(path), safe_open(path, "pt"), path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header: dict[str, Any] = json.loads(file.read(length))
-    header.pop("__metadata__", None)
+    with explained(path):
+        header, start_of_data = headers.checked(path)
     found = []
     for key, facts in header.items():
         start, end = facts["data_offsets"]
-        found.append(Entry(path, key, facts["dtype"], tuple(facts["shape"]), 8 + length + start, end - start))
+        found.append(Entry(path, key, facts["dtype"], tuple(facts["shape"]), start_of_data + start, end - start))
     return {entry.key: entry for entry in sorted(found, key=lambda one: one.start)}
 
 
@@ -136,8 +155,8 @@ def base_entries(base: Path) -> dict[str, Entry]:
     if not (base / INDEX_FILE).is_file():
         raise ModelError(f"{base} has no {SINGLE_FILE} to merge into", hint="only safetensors are read")
     try:
-        shards: dict[str, str] = dict(json.loads((base / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        shards = headers.read_index(base / INDEX_FILE)
+    except (OSError, ValueError) as error:
         raise ModelError(f"{base / INDEX_FILE} cannot be read: {error}") from error
     found: dict[str, Entry] = {}
     for shard in sorted(set(shards.values())):
@@ -198,6 +217,28 @@ class Stored:
                 hint="this checkpoint's weights are laid out otherwise than its model's",
             )
         return key
+
+    def require_whole(self, keys: Collection[str], beside: Collection[str]) -> None:
+        """Raises a ModelError where a parameter of the model is neither stored under one of `keys` nor `beside` them.
+
+        Where transformers makes parameters out of several stored tensors, what is missing cannot be told.
+        """
+        if len(self.names) < len(keys):
+            return
+        optional = [re.compile(one) for one in getattr(self.skeleton, "_keys_to_ignore_on_load_missing", None) or ()]
+        groups: dict[int, list[str]] = {}
+        for name, parameter in self.skeleton.named_parameters(remove_duplicate=False):
+            groups.setdefault(id(parameter), []).append(name)
+        lost = [
+            names[0]
+            for names in groups.values()
+            if not any(name in beside or self.find(name) or any(one.search(name) for one in optional) for name in names)
+        ]
+        if lost:
+            raise ModelError(
+                f"the base model's files lack weights that the model needs: {', '.join(lost[:5])}",
+                hint="get the base model's files again; do config.json and weights belong together?",
+            )
 
 
 def is_tied(skeleton: PreTrainedModel) -> bool:

@@ -15,9 +15,10 @@ from torch import Tensor
 from peftcli import files
 from peftcli.checkpoint.adapter import Adapter
 from peftcli.errors import ModelError
-from peftcli.merge.changes import Changes, is_finite
+from peftcli.headers import INDEX_FILE, SINGLE_FILE
+from peftcli.merge.changes import Changes
 from peftcli.merge.sources import Sources, form_of, is_float
-from peftcli.merge.stored import DTYPES, INDEX_FILE, SINGLE_FILE, base_entries, bytes_of, entries, require_all
+from peftcli.merge.stored import DTYPES, base_entries, bytes_of, entries, is_finite, require_all
 from peftcli.merge.tensor_file import TensorForm, tensor_file
 
 if TYPE_CHECKING:
@@ -56,11 +57,12 @@ def merge_files(
         proof: Compares each adapted layer with the merged one.
 
     Raises:
-        ModelError: The adapter does not fit, an adapted weight is in none of the base's files, or a merged layer is not
-            the adapted one.
+        ModelError: The adapter does not fit, a weight of the model is in none of the base's files, a number there is
+            not finite, or a merged layer is not the adapted one.
     """
     sources = Sources(skeleton, base_entries(base), packing, stored)
     changes = Changes(skeleton, adapter, sources, proof)
+    sources.stored.require_whole(sources.entries, changes.new)
     writing = _Writing(sources, changes, dtype)
     outputs = writing.outputs()
     for shard in sorted(outputs):
@@ -102,6 +104,7 @@ class _Writing:
         self.sources, self.changes, self.dtype = sources, changes, dtype
         self.untied = changes.untied()
         self.untied_names = {name for names in self.untied.values() for name in names}
+        self.parameters = {name for name, _ in sources.skeleton.named_parameters(remove_duplicate=False)}
 
     def outputs(self) -> dict[str, list[_Output]]:
         """Returns what is to be written, by the name of its file; what is new comes into the last."""
@@ -132,9 +135,15 @@ class _Writing:
             return _written(self.changes.new[one.name], one)
         if one.is_changed:
             return _written(self.changes.of(one.key), one)
+        entry = self.sources.entries[one.key]
+        # A buffer may hold infinities that mean something, and what the model does not have does no harm.
+        matters = is_float(one.form) and self.sources.stored.names.get(one.key) in self.parameters
         if self.sources.is_as_stored(one.key) and one.form == self.sources.form(one.key):
-            return self.sources.entries[one.key].chunks()
-        return _written(self.sources.read(one.key), one)
+            return entry.chunks(finite=matters)
+        tensor = self.sources.read(one.key)
+        if matters:
+            entry.require_finite(tensor)
+        return _written(tensor, one)
 
 
 def _written(tensor: Tensor, one: _Output) -> Iterator[memoryview]:
@@ -153,7 +162,8 @@ def _copy_rest(base: Path, target: Path, dtype: torch.dtype | None, changes: Map
     for path in sorted(base.iterdir()):
         skipped = path.suffix in NOT_COPIED or path.name == INDEX_FILE or path.name.startswith(".")
         if path.is_file() and not skipped:
-            shutil.copyfile(path, target / path.name)
+            with files.explained(target):
+                shutil.copyfile(path, target / path.name)
     config: dict[str, Any] = json.loads((target / "config.json").read_text(encoding="utf-8"))
     config.pop("quantization_config", None)  # nothing is packed in it
     if dtype is not None:

@@ -106,6 +106,11 @@ def broken_rules(values: Mapping[str, Any], locate: Locate) -> Iterator[Problem]
     if given(values, strategy) == "deepspeed" and given(values, ("distributed", "deepspeed_config")) is None:
         message = "distributed.strategy: deepspeed needs distributed.deepspeed_config"
         yield Problem(message, locate(strategy), "name a JSON file, such as configs/deepspeed_zero3.json")
+    batch_size = ("training", "per_device_train_batch_size")
+    if given(values, batch_size) == "auto" and given(values, strategy) in ("fsdp2", "deepspeed"):
+        message = f"training.per_device_train_batch_size: auto cannot be tried with {given(values, strategy)}, where a "
+        message += "process that ran out of memory would leave the others waiting"
+        yield Problem(message, locate(batch_size), "set a number, or distributed.strategy to ddp")
     if given(values, strategy) == "deepspeed" and given(values, ("training", "torch_compile")) is True:
         message = "training.torch_compile: DeepSpeed's hooks around a layer cannot be compiled"
         hint = "set it to false, or distributed.strategy to ddp or fsdp2"

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from peftcli.recipe.values import checked_path
+
 
 class Section(BaseModel):
     """A group of recipe fields. An unknown field is an error; values are never converted from another type."""
@@ -49,6 +51,15 @@ class ModelSection(Section):
         default=None,
         description="Attention code of transformers, such as sdpa or eager. Left out: transformers chooses.",
     )
+
+    _have_names = field_validator("name", "gguf_file")(checked_path)
+
+    @field_validator("attn_implementation")
+    @classmethod
+    def _is_of_transformers(cls, value: str | None) -> str | None:
+        if value is not None and "/" in value:
+            raise ValueError("must name attention code of transformers: code from a repository is never run")
+        return value
 
     @field_validator("gguf_file")
     @classmethod
@@ -98,6 +109,8 @@ class Source(Section):
     )
     name: str | None = Field(default=None, description="Configuration of a hub dataset, where it has several.")
     split: str = Field(default="train", min_length=1, description="Split of the dataset; a single file is all train.")
+
+    _has_a_name = field_validator("path")(checked_path)
 
 
 def _as_sources(value: object) -> object:
@@ -171,6 +184,9 @@ class DataSection(Section):
 OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "lion_8bit", "adafactor", "sgd"]
 
 
+DEFAULT_BATCH_SIZE = 8
+
+
 class TrainingSection(Section):
     """How to train."""
 
@@ -178,7 +194,11 @@ class TrainingSection(Section):
     max_steps: int | None = Field(
         default=None, gt=0, description="Optimizer steps to train for, instead of num_train_epochs."
     )
-    per_device_train_batch_size: int = Field(default=8, gt=0, description="Examples per device in one forward pass.")
+    per_device_train_batch_size: Literal["auto"] | Annotated[int, Field(gt=0)] = Field(
+        default=DEFAULT_BATCH_SIZE,
+        description="Examples per device in one forward pass. auto: of the 8 x gradient_accumulation_steps examples of "
+        "a step as many as fit into memory; the rest follows in further passes, so what is learned is the same.",
+    )
     per_device_eval_batch_size: int = Field(default=8, gt=0, description="Examples per device in one evaluation pass.")
     gradient_accumulation_steps: int = Field(
         default=1, gt=0, description="Passes per optimizer step: multiplies the batch without its memory."
@@ -260,6 +280,18 @@ class TrainingSection(Section):
         default=42, ge=0, lt=2**32, description="Seed of everything random: adapter, data order, dropout."
     )
 
+    @property
+    def micro_batch_size(self) -> int:
+        """Examples per device in one forward pass; the most that it can be while that is still `auto`."""
+        size = self.per_device_train_batch_size
+        return DEFAULT_BATCH_SIZE if size == "auto" else size
+
+    def cut_into(self, size: int) -> TrainingSection:
+        """Returns the same with a step's examples passed `size` at a time, which must divide them."""
+        rounds, rest = divmod(self.micro_batch_size * self.gradient_accumulation_steps, size)
+        assert not rest
+        return self.model_copy(update={"per_device_train_batch_size": size, "gradient_accumulation_steps": rounds})
+
     @model_validator(mode="before")
     @classmethod
     def _lions_own_beta2(cls, values: Any) -> Any:
@@ -289,6 +321,8 @@ class DistributedSection(Section):
         description="DeepSpeed's own JSON file, for strategy deepspeed. What the recipe says too is "
         "auto there, left out, or the same; the rest is passed on unchanged.",
     )
+
+    _has_a_name = field_validator("deepspeed_config")(checked_path)
 
 
 class GenerateSection(Section):
@@ -351,3 +385,5 @@ class Recipe(Section):
         min_length=1,
         description="Folder for all that the run leaves. Left out: runs/<the recipe's file name>.",
     )
+
+    _has_a_name = field_validator("output_dir")(checked_path)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 KeyPath = tuple[str | int, ...]
 
 _MAX_SHOWN = 60
+_MAX_PATH, _MAX_PART = 4095, 255  # bytes, on Linux
 
 
 def dotted(path: KeyPath) -> str:
@@ -38,3 +40,18 @@ def printable(text: str, longest: int = _MAX_SHOWN) -> str:
     """Returns `text` cut to a readable length, with what could garble a terminal escaped."""
     shown = text if len(text) <= longest else f"{text[: longest - 3]}..."
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in shown)
+
+
+def checked_path(path: str | None) -> str | None:
+    """Returns `path`, which must be one that a file can have: short enough, and of characters that can be shown.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if path is None:
+        return None
+    if any(ord(char) < 0x20 or 0x7F <= ord(char) < 0xA0 for char in path):
+        raise ValueError("holds a control character, which no file's name should have")
+    if len(os.fsencode(path)) > _MAX_PATH or any(len(os.fsencode(part)) > _MAX_PART for part in path.split("/")):
+        raise ValueError("is too long for a file's name")
+    return path

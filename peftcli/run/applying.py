@@ -1,4 +1,4 @@
-"""What is done with an adapter once it is trained: measuring it, writing with it, reading it out, merging it."""
+"""What is done with an adapter once it is trained: measuring it, writing with it, reading it out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from peftcli.checkpoint import adapter as adapter_files
 from peftcli.data.dataset import EncodedDataset
 from peftcli.errors import RecipeError
 from peftcli.reporting import Reporter
-from peftcli.run.merging import merge
 from peftcli.run.opening import load_weights, make_batcher, open_base
 from peftcli.run.subject import Subject, evaluation_data, merged_section
 
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
 
     from peftcli.data import Dataset
     from peftcli.run.batches import Joins
-
-__all__ = ["evaluate", "generate", "merge", "readout"]
 
 
 def evaluate(

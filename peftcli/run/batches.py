@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from peftcli import attention
@@ -51,7 +52,7 @@ def step_plan(wanted: Recipe, samples: Dataset, num_virtual: int, rank: int = 0,
     """
     training = wanted.training
     size, accumulation, seed = (
-        training.per_device_train_batch_size,
+        training.micro_batch_size,
         training.gradient_accumulation_steps,
         training.seed,
     )
@@ -66,6 +67,16 @@ def packed(wanted: Recipe, samples: Dataset, num_virtual: int) -> Packs:
     """Returns the samples in packs of `data.max_length`; see `step_plan`."""
     assert isinstance(samples, EncodedDataset), "only texts are packed"
     return Packs(samples.lengths + num_virtual, wanted.data.max_length + num_virtual, wanted.training.seed)
+
+
+def longest_first(plan: Plan, samples: Dataset, count: int) -> list[Any]:
+    """Returns what a batcher makes its largest batch of: the `count` longest samples, or fullest packs."""
+    if isinstance(plan, PackPlan):
+        packs = sorted(plan.packs.contents(0), key=lambda pack: -int(plan.packs.lengths[pack].sum()))
+        return [pack.tolist() for pack in packs[:count]]
+    if not isinstance(samples, EncodedDataset):
+        return list(range(count))
+    return [int(index) for index in np.argsort(-samples.lengths, kind="stable")[:count]]
 
 
 def longest_sample(prepared: PreparedData) -> int:

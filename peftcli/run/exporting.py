@@ -17,6 +17,7 @@ from peftcli.errors import ModelError, RecipeError
 from peftcli.methods._protocol import Method
 from peftcli.quantization import computing_dtypes
 from peftcli.reporting import Reporter
+from peftcli.run.fingerprint import fingerprint
 from peftcli.run.opening import load_weights
 from peftcli.run.subject import Subject, check_target, proof_inputs
 from peftcli.sites import dense_weight, kind_of
@@ -101,10 +102,10 @@ def export_as_lora(
     if exact:
         merging.require_agreement(agreement, torch.float32, *computing_dtypes(model))
     with files.new_folder(target) as new:
+        write_meaning(new, subject.base.meaning)
         save_adapter(new, model, origin)
         with files.explained(new):
             subject.base.processor.save_pretrained(new)
-        write_meaning(new, subject.base.meaning)
     return Export(len(factors), max(len(A) for A, _ in factors.values()), exact, error, agreement)
 
 
@@ -200,4 +201,4 @@ def _exchange(model: PreTrainedModel, subject: Subject, factors: Mapping[str, tu
     for path, adapter in inject.adapters(model).items():
         adapter.load_peft_tensors(dict(zip(adapter.peft_tensors(), factors[path], strict=True)))
     section = subject.base.section
-    return Origin(lora, config, section.name, subject.base.revision, section.task)
+    return Origin(lora, config, section.name, subject.base.revision, section.task, fingerprint(subject.base))

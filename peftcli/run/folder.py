@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peftcli import files, manifest, recipe
 from peftcli.checkpoint import state
 from peftcli.errors import HostError, ModelError, RecipeError
-from peftcli.recipe import Recipe, TrainingSection
+from peftcli.recipe import LoadedRecipe, Recipe, TrainingSection
 from peftcli.reporting import Reporter
 from peftcli.run import RECIPE_FILE
 
@@ -37,7 +37,7 @@ def open_folder(folder: Path, options: TrainOptions) -> Iterator[None]:
     """
     if folder.exists() and not folder.is_dir():
         raise HostError(f"output_dir: {folder} is a file", hint="choose another folder with output_dir=DIR")
-    taken = folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
+    taken = folder.is_dir() and any(_is_taken_by(path) for path in folder.iterdir())
     if taken and not (options.resume or options.overwrite):
         raise HostError(
             f"output_dir: {folder} exists and is not empty",
@@ -45,10 +45,27 @@ def open_folder(folder: Path, options: TrainOptions) -> Iterator[None]:
         )
     files.check_writable(folder)
     with files.locked(folder):
+        files.clear_temporary(folder, manifest.RUN_FILES)
         try:
             yield
         finally:
             files.remove_if_unused(folder)
+
+
+def with_batch_of_before(loaded: LoadedRecipe, folder: Path, options: TrainOptions) -> LoadedRecipe:
+    """Returns the recipe with the batch size that a run to be resumed has found, where it asks for `auto`."""
+    settings = loaded.recipe.training
+    if settings.per_device_train_batch_size != "auto" or not (options.resume and (folder / RECIPE_FILE).is_file()):
+        return loaded
+    size = recipe.load(folder / RECIPE_FILE).recipe.training.micro_batch_size
+    if settings.micro_batch_size * settings.gradient_accumulation_steps % size:
+        return loaded  # other steps than before, which is refused elsewhere
+    return replace(loaded, recipe=loaded.recipe.model_copy(update={"training": settings.cut_into(size)}))
+
+
+def _is_taken_by(path: Path) -> bool:
+    """Returns whether a file is someone's: not hidden, and not what a run left that ended before its first file."""
+    return not path.name.startswith(".") and not path.name.endswith(files.TEMPORARY_SUFFIX)
 
 
 def checkpoint_for_all(
@@ -98,7 +115,7 @@ def _resume_from(wanted: Recipe, folder: Path, num_processes: int, reporter: Rep
 def _require_same_steps(checkpoint: Path, settings: TrainingSection, num_processes: int, unit: str) -> None:
     """Raises a RecipeError where a step would not take as many samples (`unit`) as those before `checkpoint` did."""
     before = state.read_progress(checkpoint).samples_per_step
-    round_size = settings.per_device_train_batch_size * num_processes
+    round_size = settings.micro_batch_size * num_processes
     now = round_size * settings.gradient_accumulation_steps
     if before == now:
         return

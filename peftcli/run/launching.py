@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftcli import processes
+from peftcli import processes, startup
 from peftcli.errors import EXIT_INTERRUPTED_TWICE, HostError, RecipeError
 
 if TYPE_CHECKING:
@@ -135,6 +135,7 @@ def start(launch: Launch, arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     _quiet_torch()
+    startup.done()
     os.environ.setdefault(_GRACE, str(GRACE_SECONDS))
     os.environ[processes.OWN_LAUNCHER] = "1"
     if launch.threads is not None:

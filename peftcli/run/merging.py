@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -104,11 +103,9 @@ def merge_onto(
     inputs = proof_inputs(subject)
     with _opened(subject, target, dtype, inputs, reporter, overwrite=overwrite, onto=base) as (work, new):
         count, found = 0, {}
-        with tempfile.TemporaryDirectory(
-            dir=new.parent, prefix=f".{target.name}-", suffix=files.TEMPORARY_SUFFIX
-        ) as at:
+        with files.scratch_folder(target.with_name(f".{target.name}.other")) as other:
             for name in BASES:
-                folder = new if name == base else Path(at)
+                folder = new if name == base else other
                 packing = work.packing if name == "dequantised" else None
                 count, _ = work.write(folder, packing, f"merging into the {name} weights")
                 found[name] = work.measured(folder) if packing is None else work.proven(folder)
@@ -133,7 +130,7 @@ def require_two_bases(subject: Subject) -> None:
     if subject.base.comes_packed:
         raise RecipeError(
             f"--base: {name} comes packed, and its original weights are not in it",
-            hint="leave --base out; or merge into the model that it was made from, unmeasured, with --model NAME",
+            hint="leave --base out; or merge into the model that it was made from, unmeasured: --model NAME --force",
         )
     if subject.base.quantization is None:
         raise RecipeError(

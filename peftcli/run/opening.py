@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from pydantic import ValidationError
 
-from peftcli import data, inject, methods, models, recipe, targets
+from peftcli import data, inject, methods, models, recipe, startup, targets
 from peftcli.data.batching import Batcher, Batches
 from peftcli.data.meaning import Meaning
 from peftcli.errors import ModelError, PeftcliError, Problem, RecipeError
@@ -19,6 +19,7 @@ from peftcli.recipe import LoadedRecipe, Recipe
 from peftcli.reporting import Reporter
 from peftcli.run.packing import check_quantization, load_packed, pack
 from peftcli.run.prepacked import held
+from peftcli.training import memory
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -104,10 +105,12 @@ def open_base(
     kept = "preprocessor_config.json" if images else "tokenizer_config.json"
     own = section
     if tokenizer_from is not None and (tokenizer_from / kept).is_file():
-        own = recipe.ModelSection(name=str(tokenizer_from))
+        own = recipe.ModelSection.model_construct(name=str(tokenizer_from))
     where = source if own is section else models.ModelSource(own.name, True, {})
     quantization = held(packed, config, section.name)
-    return _with_padding(Base(section, source, config, load(own, where), known, (), quantization))
+    base = _with_padding(Base(section, source, config, load(own, where), known, (), quantization))
+    startup.done()  # transformers is in by now, which is the last large thing to import
+    return base
 
 
 def in_order_of(config: PretrainedConfig, meaning: Meaning) -> Meaning:
@@ -165,12 +168,13 @@ def load_weights(
         section = section.model_copy(update={"dtype": "float32"})
     dtype = str(models.resolve_dtype(section, base.config, device)).removeprefix("torch.")
     section = section.model_copy(update={"dtype": dtype})
-    if base.quantization is None:
-        return models.load_model(section, base.source, base.config, home, seed)
-    if base.comes_packed:
-        return load_packed(base, section, device, seed, reporter, home)
-    model, fresh = models.load_model(section, base.source, base.config, torch.device("cpu"), seed)
-    return pack(model, base, fresh, device, reporter, home), fresh
+    with memory.loading_explained(section.name, dtype, device, packed=base.quantization is not None):
+        if base.quantization is None:
+            return models.load_model(section, base.source, base.config, home, seed)
+        if base.comes_packed:
+            return load_packed(base, section, device, seed, reporter, home)
+        model, fresh = models.load_model(section, base.source, base.config, torch.device("cpu"), seed)
+        return pack(model, base, fresh, device, reporter, home), fresh
 
 
 def check_method(loaded: LoadedRecipe) -> tuple[type[Method], MethodConfig]:

@@ -7,14 +7,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftcli import inject, manifest, models
+from peftcli import inject, manifest, models, startup
 from peftcli.checkpoint.adapter import adapter_tensors
 from peftcli.errors import RecipeError
 from peftcli.recipe import LoadedRecipe
 from peftcli.reporting import Reporter
 from peftcli.run.opening import check_method, check_task, located, read_data
-from peftcli.run.packing import check_quantization
-from peftcli.run.prepacked import note_stored
+from peftcli.run.packing import check_quantization, packed_paths
+from peftcli.run.prepacked import held, note_stored
+from peftcli.training import memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,12 +56,17 @@ def plan(loaded: LoadedRecipe, reporter: Reporter) -> dict[str, Any]:
     note_stored(base_config, section.name, reporter)
     _set_labels(loaded, base_config, reporter)
     model = models.skeleton(base_config, section.task)
+    startup.done()
     try:
         check_quantization(loaded.recipe.quantization, model, method, config)
+        how = held(loaded.recipe.quantization, base_config, section.name)
+        packed = packed_paths(model, how) if how is not None else []
         sites = inject.graft(model, method, config, loaded.recipe.training.seed)
     except RecipeError as error:
         raise RecipeError.of(located(loaded, error)) from error
     inject.widen_trained(model)
+    dtype = models.resolve_dtype(section, base_config, models.pick_device(None))
+    takes = memory.expected(model, loaded.recipe.training, dtype, how, packed)
     tensors = method.tensors_to_peft(adapter_tensors(model), config).values()
     return {
         "method": loaded.recipe.method["type"],
@@ -68,6 +74,8 @@ def plan(loaded: LoadedRecipe, reporter: Reporter) -> dict[str, Any]:
         **manifest.parameter_counts(model),
         "adapted_modules": len(sites),
         "adapter_bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        "base_bytes": takes.base,
+        "training_bytes": takes.trained,
         "modules": [asdict(group) for group in _groups(model, sites)],
     }
 

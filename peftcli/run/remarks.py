@@ -70,5 +70,5 @@ def note_processes(group: Processes, settings: TrainingSection, unit: str, repor
     if group.count == 1:
         return
     threads = f", {torch.get_num_threads()} CPU threads each" if group.device.type == "cpu" else ""
-    samples = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * group.count
+    samples = settings.micro_batch_size * settings.gradient_accumulation_steps * group.count
     reporter.note(f"{group.count} processes over {group.backend}{threads}: {samples} {unit} a step")

@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from pydantic import ValidationError
 
 from peftcli import data, models, recipe
 from peftcli.checkpoint import adapter as adapter_files
+from peftcli.checkpoint import seal as seals
+from peftcli.checkpoint.seal import SEAL_FILE
 from peftcli.data.meaning import read_meaning, task_of
 from peftcli.errors import DataError, HostError, ModelError, RecipeError
 from peftcli.recipe import Recipe
 from peftcli.run import MERGED_FOLDER, RECIPE_FILE
+from peftcli.run.fingerprint import other_base
 from peftcli.run.opening import Base, make_batcher, open_base
 from peftcli.run.prepacked import check_stored
 
@@ -33,12 +37,14 @@ class Subject:
         adapter: The adapter.
         recipe: The run's own recipe; None for an adapter alone.
         merged: The merged model's folder, where there is one.
+        remarks: What could not be verified, and what was found and overridden.
     """
 
     base: Base
     adapter: Adapter
     recipe: Recipe | None
     merged: Path | None
+    remarks: tuple[str, ...] = ()
 
     @property
     def form(self) -> str:
@@ -56,12 +62,18 @@ class Subject:
         return self.recipe.training.seed if self.recipe is not None else 0
 
 
-def open_subject(run: Path | None, adapter: Path | None, model: str | None) -> Subject:
+def open_subject(run: Path | None, adapter: Path | None, model: str | None, *, force: bool = False) -> Subject:
     """Returns the subject that the command line names: a run's folder, an adapter's, or one in place of the other.
+
+    Args:
+        run: The run's folder.
+        adapter: The adapter's, in place of the run's own.
+        model: The base, in place of the one that run or adapter name.
+        force: Take an adapter that has changed since it was written, or was trained on another base.
 
     Raises:
         RecipeError: Neither is named.
-        ModelError: A folder is not what it should be, or the base model is unknown.
+        ModelError: A folder is not what it should be, the base model is unknown, or the adapter does not fit it.
     """
     if run is None and adapter is None:
         raise RecipeError("name a run's folder, or an adapter's with --adapter DIR")
@@ -83,14 +95,44 @@ def open_subject(run: Path | None, adapter: Path | None, model: str | None) -> S
     packed = own.quantization if own is not None else None
     base = open_base(section, folder, read_meaning(folder, section.task), packed)
     check_stored(packed, base.config, section.name)  # with another model than the run's own
-    return Subject(replace(base, dense=found.trained), found, own, merged)
+    return Subject(replace(base, dense=found.trained), found, own, merged, _verified(found, base, force=force))
+
+
+def _verified(adapter: Adapter, base: Base, *, force: bool) -> tuple[str, ...]:
+    """Returns what could not be verified of `adapter` on `base`, and what `force` had to override.
+
+    Raises:
+        ModelError: The adapter does not fit the base; or, without `force`, one of them is not what it was.
+    """
+    doubts = [*adapter.doubts, *other_base(adapter.seal, base)]
+    try:
+        adapter_files.require_fit(models.skeleton(base.config, base.section.task), adapter)
+    except ModelError as error:
+        raise seals.with_doubts(error, doubts) from error
+    if doubts and not force:
+        raise ModelError.of(doubts)
+    remarks = [f"--force: {problem.message}" for problem in doubts]
+    if adapter.seal is None and not doubts:
+        remarks.append(
+            f"{adapter.folder} has no {SEAL_FILE}: names, shapes and settings fit, but whether numbers and base are "
+            "those of its training cannot be verified"
+        )
+    elif adapter.seal is not None and adapter.seal.base is None:
+        remarks.append(f"{adapter.folder / SEAL_FILE} names no base: whether this is the right one cannot be verified")
+    return tuple(remarks)
 
 
 def _section_of(adapter: Adapter, model: str | None) -> recipe.ModelSection:
     """Returns the model section of an adapter that comes without a recipe; `model` is the base's name, if given."""
     task = task_of(adapter.folder) or adapter_files.task_of(adapter.folder)  # PEFT has no name for that of images
     fields = {"name": model or _base_name(adapter), "task": task}
-    return recipe.ModelSection.model_validate(fields)
+    try:
+        return recipe.ModelSection.model_validate(fields)
+    except ValidationError as error:
+        raise ModelError(
+            f"{adapter.folder} names no base model that can be read: {error.errors()[0]['msg']}",
+            hint="name it with --model",
+        ) from error
 
 
 def _base_name(adapter: Adapter) -> str:
@@ -108,7 +150,7 @@ def evaluation_data(subject: Subject, path: Path | None) -> data.Dataset:
     section = subject.recipe.data if subject.recipe is not None else None
     positions = models.max_positions(subject.base.config)
     if path is not None:
-        sources = (recipe.Source(path=str(path)),)
+        sources = (recipe.Source.model_construct(path=str(path)),)
         longest = recipe.DataSection.model_fields["max_length"].default
         kept = section.model_dump() if section is not None else {"max_length": min(longest, positions or longest)}
         section = recipe.DataSection.model_validate({**kept, "train": sources, "eval": sources, "eval_fraction": None})

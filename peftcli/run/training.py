@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -20,8 +20,9 @@ from peftcli.data.preview import Segment, render
 from peftcli.recipe import LoadedRecipe, Recipe
 from peftcli.reporting import Reporter, Silent
 from peftcli.run import RECIPE_FILE, execution, remarks
-from peftcli.run.batches import Joins, check_packing, longest_sample, settle_joining, step_plan
-from peftcli.run.folder import TrainOptions, checkpoint_for_all, open_folder
+from peftcli.run.batches import Joins, check_packing, longest_first, longest_sample, settle_joining, step_plan
+from peftcli.run.fingerprint import fingerprint, require_same_base
+from peftcli.run.folder import TrainOptions, checkpoint_for_all, open_folder, with_batch_of_before
 from peftcli.run.opening import (
     Base,
     check_checkpointing,
@@ -35,19 +36,21 @@ from peftcli.run.opening import (
     read_data,
     settle,
 )
-from peftcli.training import checks, distributed, zero, zero_settings
+from peftcli.training import checks, distributed, memory, zero, zero_settings
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel
 
     from peftcli.data import PreparedData
+    from peftcli.data.batching import Batches
     from peftcli.data.sampling import Plan
     from peftcli.methods._protocol import Method, MethodConfig
     from peftcli.training.distributed import Processes
     from peftcli.training.head import Finish
     from peftcli.training.logs import MetricsLog, TensorBoardLog
     from peftcli.training.loop import Result, Task
+    from peftcli.training.objectives import Objective
     from peftcli.training.zero_settings import ZeroSettings
 
 
@@ -68,6 +71,7 @@ class Job:
         finish: What a language model does to its head's logits; None where that is not known.
         counts: How many parameters are which, counted before the base was spread.
         group: The run's processes.
+        fingerprint: That of the base's files.
     """
 
     recipe: Recipe
@@ -82,12 +86,15 @@ class Job:
     finish: Finish | None
     counts: dict[str, int | float]
     group: Processes
+    fingerprint: str | None
 
     @property
     def origin(self) -> adapter_files.Origin:
         """What adapter files say beside their tensors."""
         section = self.recipe.model
-        return adapter_files.Origin(self.method, self.config, section.name, self.base.revision, section.task)
+        return adapter_files.Origin(
+            self.method, self.config, section.name, self.base.revision, section.task, self.fingerprint
+        )
 
 
 def train(
@@ -117,9 +124,11 @@ def train(
             reporter, show = Silent(), _show_nothing
         folder = Path(loaded.recipe.output_dir or "runs")
         with open_folder(folder, options) if group.is_first else contextlib.nullcontext():
+            loaded = with_batch_of_before(loaded, folder, options)
             resumed = checkpoint_for_all(loaded.recipe, folder, options, group, reporter)
             job = _open_job(loaded, method, config, settings, group, precision, reporter, show)
             checks.what_runs(accelerator, group, precision)
+            job = _with_batch_that_fits(job, accelerator, reporter)
             if group.is_first:
                 # No sooner: a mistake must not cost the run that was there.
                 if options.overwrite and not options.resume:
@@ -187,7 +196,8 @@ def _open_job(
     if spread:
         reporter.note(execution.spread(model, settings, group))
     folder = Path(wanted.output_dir or "runs")
-    return Job(wanted, folder, base, model, method, config, prepared, plan, joins, finish, counts, group)
+    known = fingerprint(base)
+    return Job(wanted, folder, base, model, method, config, prepared, plan, joins, finish, counts, group, known)
 
 
 def _write_start(job: Job) -> None:
@@ -195,39 +205,77 @@ def _write_start(job: Job) -> None:
     settled = job.recipe.data.model_copy(update={"format": job.data.format})
     resolved = recipe.resolve_paths(job.recipe.model_copy(update={"data": settled}))
     files.write_text(job.folder / RECIPE_FILE, recipe.dump(resolved))
-    with files.explained(job.folder):
-        job.base.processor.save_pretrained(job.folder)
+    with files.staged(job.folder) as new, files.explained(job.folder):
+        job.base.processor.save_pretrained(new)
     write_meaning(job.folder, job.data.meaning)
+
+
+def _with_batch_that_fits(job: Job, accelerator: Accelerator, reporter: Reporter) -> Job:
+    """Returns the job with a number in place of a batch size of `auto`: the largest that fits into memory."""
+    settings = job.recipe.training
+    if settings.per_device_train_batch_size != "auto":
+        return job
+    reporter.stage("finding the batch size that fits")
+    batcher, loss_of = _train_batcher(job), _objective(job)
+
+    def run(size: int) -> torch.Tensor:
+        batch = batcher.batch(longest_first(job.plan, job.data.train, size)).to(job.group.device)
+        with accelerator.autocast():
+            return loss_of(job.model, batch)
+
+    size = memory.batch_size_that_fits(job.model.train(), settings, run, len(job.data.train), job.group)
+    wanted = job.recipe.model_copy(update={"training": settings.cut_into(size)})
+    rounds = wanted.training.gradient_accumulation_steps
+    reporter.note(f"training.per_device_train_batch_size: {size} fits, {rounds} times a step")
+    num_virtual = job.method.num_virtual_tokens(job.config)
+    place = job.group.place
+    return replace(job, recipe=wanted, plan=step_plan(wanted, job.data.train, num_virtual, place.rank, job.group.count))
 
 
 def _run_loop(job: Job, accelerator: Accelerator, resumed: Path | None, reporter: Reporter) -> Result:
     from peftcli.training.loop import Trainer
 
     first_step = int(resumed.name.rpartition("-")[2]) if resumed is not None else 0
-    trainer = Trainer(_task(job, first_step, reporter), accelerator, job.group)
-    if resumed is not None:
-        trainer.resume(resumed)
-    return trainer.run()
+    with memory.explained(job.model, job.recipe.training, job.group.device, longest_sample(job.data)):
+        trainer = Trainer(_task(job, first_step, reporter), accelerator, job.group)
+        if resumed is not None:
+            require_same_base(resumed, job.base)
+            trainer.resume(resumed)
+        return trainer.run()
+
+
+def _objective(job: Job) -> Objective:
+    from peftcli.training.objectives import objective
+
+    return objective(job.recipe.model.task, job.data.meaning.kind, job.finish)
+
+
+def _train_batcher(job: Job) -> Batches:
+    batcher = make_batcher(job.data.train, job.base, **_layout(job))
+    if job.recipe.data.packing:
+        return PackBatcher(cast("Batcher", batcher), by_row=not job.joins.free)
+    return batcher
+
+
+def _layout(job: Job) -> dict[str, Any]:
+    """Returns how the job's samples are laid out in batches: arguments of `make_batcher`."""
+    always = job.joins.free or job.recipe.data.padding_free is True
+    prompts = job.method.virtual_ids(job.config, models.vocabulary_size(job.base.config))
+    return {"joins": job.joins.allowed, "always": always, "prompts": prompts}
 
 
 def _task(job: Job, first_step: int, reporter: Reporter) -> Task:
     from peftcli.evaluation.tasks import evaluator
     from peftcli.training.loop import Task
-    from peftcli.training.objectives import objective
 
     settings = job.recipe.training
-    always = job.joins.free or job.recipe.data.padding_free is True
-    prompts = job.method.virtual_ids(job.config, models.vocabulary_size(job.base.config))
     task, kind = job.recipe.model.task, job.data.meaning.kind
     eval_with = None
     if job.data.eval is not None:
-        held_out = make_batcher(job.data.eval, job.base, joins=job.joins.allowed, always=always, prompts=prompts)
+        held_out = make_batcher(job.data.eval, job.base, **_layout(job))
         size = settings.per_device_eval_batch_size
         measure = partial(evaluator(task, kind, job.finish), processes=job.group)
         eval_with = partial(measure, job.model, held_out, size, job.group.device, reporter.advance)
-    batcher = make_batcher(job.data.train, job.base, joins=job.joins.allowed, always=always, prompts=prompts)
-    if job.recipe.data.packing:
-        batcher = PackBatcher(cast("Batcher", batcher), by_row=not job.joins.free)
     learning_rate = settings.learning_rate or job.method.default_learning_rate
     return Task(
         run=job.folder,
@@ -236,9 +284,9 @@ def _task(job: Job, first_step: int, reporter: Reporter) -> Task:
         settings=settings,
         learning_rate=learning_rate,
         head_learning_rate=settings.head_learning_rate or job.method.default_head_learning_rate or learning_rate,
-        objective=objective(task, kind, job.finish),
+        objective=_objective(job),
         plan=job.plan,
-        batcher=batcher,
+        batcher=_train_batcher(job),
         evaluate=eval_with,
         reporter=reporter,
         logs=_logs(job, first_step),
@@ -260,10 +308,13 @@ def _write_end(job: Job, result: Result) -> dict[str, Any]:
     adapter = adapter_files.contents(job.model, job.origin)
     if not job.group.is_first:
         return {}
-    adapter_files.write_contents(job.folder, adapter)
+    with files.staged(job.folder) as new:
+        write_meaning(new, job.data.meaning)  # the seal is for what reads the adapter's outputs, too
+        adapter_files.write_contents(new, adapter)
     facts = manifest.describe(
         job.folder, job.recipe, job.base.config, job.base.processor, job.base.revision, job.model, job.data, result
     )
+    facts["base_model"]["fingerprint"] = job.fingerprint
     facts |= {"parameters": job.counts, **distributed.facts(job.group)}
     files.write_json(job.folder / manifest.MANIFEST_FILE, facts)
     text = (job.folder / RECIPE_FILE).read_text(encoding="utf-8")

@@ -62,6 +62,16 @@ def not_finite(parameters: Mapping[str, nn.Parameter]) -> list[str]:
     ]
 
 
+def poisoned(model: nn.Module) -> str | None:
+    """Returns the first parameter of `model` that holds a value that is not finite; None where all are."""
+    parameter: Any
+    for name, parameter in model.named_parameters():
+        held = (parameter.to_local() if sharding.is_spread(parameter) else parameter).detach()
+        if held.is_floating_point() and not bool(torch.isfinite(held).all()):
+            return name if parameter.requires_grad else f"the base model's {name}"
+    return None
+
+
 def what_runs(accelerator: Accelerator, group: Processes, precision: str) -> None:
     """Raises a HostError where what is about to run is not what was asked for.
 

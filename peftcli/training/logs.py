@@ -37,9 +37,13 @@ class MetricsLog:
         files.write_text(self._path, "".join(_line(step, metrics) for step, metrics in kept))
 
     def write(self, step: int, metrics: Metrics) -> None:
-        """Appends one line; a line of a few hundred bytes is written whole or not at all."""
-        with files.explained(self._path), self._path.open("a", encoding="utf-8") as file:
-            file.write(_line(step, metrics))
+        """Appends one line; a crash may leave a part of it."""
+        files.append_text(self._path, _line(step, metrics))
+
+    def sync(self) -> None:
+        """Waits until all lines are on the disk."""
+        with files.explained(self._path):
+            files.sync_file(self._path)
 
 
 def _line(step: int, metrics: Metrics) -> str:
@@ -56,6 +60,7 @@ class TensorBoardLog:
             raise HostError(
                 "logging.report_to: tensorboard is not installed", hint="pip install 'peftcli[tensorboard]'"
             ) from error
+        files.require_own(run / "tensorboard", run)
         self._writer: Any = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, step: int, metrics: Metrics) -> None:
@@ -65,3 +70,6 @@ class TensorBoardLog:
             tag = f"eval/{rest}" if group == "eval" else f"train/{name}"
             self._writer.add_scalar(tag, value, step)
         self._writer.flush()
+
+    def sync(self) -> None:
+        """Does nothing: events are a copy of what metrics.jsonl holds."""

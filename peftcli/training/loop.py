@@ -118,6 +118,7 @@ class Trainer:
         self.last_log: Metrics = {}
         self.evaluations: dict[int, Metrics] = {}
         self.prepared: Any = None
+        self.saved_step: int | None = None
         self.watch = compiling.Watch() if task.settings.torch_compile else None
         wanted = task.settings.activation_offloading
         self.offloading = offloading.policy_of(task.model, processes.device) if wanted else None
@@ -135,6 +136,8 @@ class Trainer:
                 hint="put the old data back, or start a new run with output_dir=DIR",
             )
         self.progress = found
+        if found.meter is not None:
+            self.meter.restore(found.meter)
         for step, metrics in logs.read(self.task.run, self.progress.step):
             if "eval_loss" in metrics:
                 self.evaluations[step] = metrics
@@ -246,6 +249,9 @@ class Trainer:
             names = checks.not_finite(self.parameters)
             which = names[0] if len(names) in range(1, len(self.parameters)) else "a parameter"
             what = f"the gradient of {which} is not finite"
+        poisoned = checks.poisoned(self.task.model)
+        if poisoned is not None:
+            what += f", since {poisoned} holds values that are not finite"
         rows = self.task.plan.samples(self.progress.step).tolist()
         raise NumericalError(
             f"step {self.progress.step + 1}: {what}; the step was not applied "
@@ -305,14 +311,21 @@ class Trainer:
         return True
 
     def _save(self) -> None:
+        """Saves the present step, once: replacing a checkpoint would leave a moment without it."""
         task = self.task
+        if self.saved_step == self.progress.step:
+            return
         if self.accelerator.scaler is not None:
             self.progress.loss_scale = self.accelerator.scaler.state_dict()
+        self.progress.meter = self.meter.state()
         first = self.processes.is_first
+        for log in task.logs:
+            log.sync()  # a checkpoint vouches for what was logged before it
         state.save_checkpoint(task.run, self.progress, task.model, self.optimizer, task.origin, writes=first)
         keep = {self.progress.best_step} if task.settings.load_best_at_end else set()
         if first:
             state.rotate(task.run, task.settings.save_total_limit, keep)
+        self.saved_step = self.progress.step
         self.processes.wait()  # until it is there for all
 
     def _restore_best(self) -> None:

@@ -6,6 +6,8 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -20,8 +22,18 @@ class Meter:
     def _clear(self) -> None:
         self._loss = 0.0
         self._supervised = 0
-        self._norms: list[float] = []
+        self._norm = 0.0
+        self._norms = 0
         self.restart_clock()
+
+    def state(self) -> dict[str, float | int]:
+        """Returns the sums so far, for `restore` in a process that goes on."""
+        return {"loss": self._loss, "supervised": self._supervised, "norm": self._norm, "norms": self._norms}
+
+    def restore(self, sums: Mapping[str, Any]) -> None:
+        """Goes on from the `sums` of another process's meter, less its times."""
+        self._loss, self._supervised = float(sums["loss"]), int(sums["supervised"])
+        self._norm, self._norms = float(sums["norm"]), int(sums["norms"])
 
     def restart_clock(self) -> None:
         """Leaves out of the speed what came before and was not training, such as an evaluation."""
@@ -36,25 +48,23 @@ class Meter:
         self._loss += summed_loss
         self._supervised += supervised
         self._tokens += tokens
-        norms = [norm] if math.isfinite(norm) else []
-        self._norms += norms
+        has_norm = math.isfinite(norm)
+        self._norm += norm if has_norm else 0.0
+        self._norms += has_norm
         self.latest = {
             "loss": summed_loss / supervised,
             "learning_rate": learning_rate,
-            **_mean_norm(norms),
+            **({"grad_norm": norm} if has_norm else {}),
             "tokens_per_second": round(self._tokens / (time.monotonic() - self._since), 1),
             "memory_gb": round(peak_memory_gb(), 3),
         }
 
     def flush(self) -> dict[str, float | int]:
         """Returns the averages (the loss by token, the norm by step, where there is one) and begins anew."""
-        averaged = {**self.latest, "loss": self._loss / self._supervised, **_mean_norm(self._norms)}
+        norm = {"grad_norm": self._norm / self._norms} if self._norms else {}
+        averaged = {**self.latest, "loss": self._loss / self._supervised, **norm}
         self._clear()
         return averaged
-
-
-def _mean_norm(norms: list[float]) -> dict[str, float]:
-    return {"grad_norm": sum(norms) / len(norms)} if norms else {}
 
 
 def peak_memory_gb() -> float:

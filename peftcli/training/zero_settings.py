@@ -143,7 +143,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _recipe_values(wanted: Recipe, precision: str | None, count: int | None) -> Iterator[tuple[str, tuple[Any, str]]]:
     """Yields each key of the file that the recipe decides, with the recipe's value and whence it is."""
     settings = wanted.training
-    size, rounds = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
+    size, rounds = settings.micro_batch_size, settings.gradient_accumulation_steps
     yield "train_micro_batch_size_per_gpu", (size, f"training.per_device_train_batch_size: {size}")
     yield "gradient_accumulation_steps", (rounds, f"training.gradient_accumulation_steps: {rounds}")
     norm = settings.max_grad_norm

@@ -1,6 +1,6 @@
 """From typing the command to the saved adapter: peftcli against TRL.
 
-Both fine-tune SmolLM2-135M with LoRA (r 16, alpha 32, dropout 0.05, all linear layers) for 20 steps of 8 rows of the
+Both fine-tune the model with LoRA (r 16, alpha 32, dropout 0.05, all linear layers) for 20 steps of 8 rows of the
 WordNet data. TRL gets OMP_NUM_THREADS, which `accelerate launch` would otherwise set to 1 and so halve its speed.
 """
 
@@ -8,28 +8,23 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from scripts.bench import timing
+from scripts.bench import runs, timing
 from scripts.bench.table import Cell, Options, Table
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-MODEL = Path("~/.cache/peftcli/SmolLM2-135M-Instruct").expanduser()
-TRAIN_FILE = REPOSITORY / "recipes/data/wordnet_train.jsonl"
-TRL = REPOSITORY / ".venv-bench/bin/trl"
+TRL = runs.REPOSITORY / ".venv-bench/bin/trl"
 LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def run(options: Options) -> list[Table]:
     """Returns seconds, peaks and last losses of whole runs, and their ratios to peftcli's LoRA."""
-    if not MODEL.is_dir():
-        sys.exit("error: the demo model is missing\n\nhint: make model")
+    runs.require_model(options.model)
     steps = 1 if options.smoke else 20
     with tempfile.TemporaryDirectory(prefix="peftcli-bench-") as name:
-        commands = contestants(Path(name), steps, smoke=options.smoke)
+        commands = contestants(Path(name), steps, options)
         found = timing.medians(timing.processes(commands, options.rounds, options.threads))
         losses = last_losses(Path(name))
     first = next(iter(found.values()))
@@ -44,21 +39,23 @@ def run(options: Options) -> list[Table]:
         for name, one in found.items()
     }
     notes = (
-        f"SmolLM2-135M, {steps} steps of 8 rows, float32; medians of {options.rounds} rounds. The peak is that of the "
-        "largest process. The last loss is the mean over the last five steps, of each tool's own order of samples.",
+        f"{options.model.name}, {steps} steps of 8 rows, float32; medians of {options.rounds} rounds. The peak is "
+        "that of the largest process. The last loss is the mean over the last five steps, of each tool's own order of "
+        "samples.",
     )
     return [Table("From the command to the saved adapter", rows, notes)]
 
 
-def contestants(folder: Path, steps: int, *, smoke: bool) -> dict[str, list[str]]:
+def contestants(folder: Path, steps: int, options: Options) -> dict[str, list[str]]:
     """Returns each contestant's command; writes what they read into `folder`."""
-    peftcli = [sys.executable, "-m", "peftcli", "train"]
-    methods = ("lora",) if smoke else ("lora", "dora")
-    commands = {LABELS[method]: [*peftcli, write_recipe(folder, method, steps), "--overwrite"] for method in methods}
-    if smoke:
+    commands = {
+        LABELS[method]: [*runs.PEFTCLI, "train", write_recipe(folder, method, options.model, steps), "--overwrite"]
+        for method in (("lora",) if options.smoke else ("lora", "dora"))
+    }
+    if options.smoke:
         return commands
     if TRL.exists():
-        commands["trl sft LoRA"] = [str(TRL), "sft", "--config", write_trl_config(folder, steps)]
+        commands["trl sft LoRA"] = [str(TRL), "sft", "--config", write_trl_config(folder, options.model, steps)]
     else:
         timing.log(f"{TRL} is missing: measuring peftcli alone (make bench installs it)")
     return commands
@@ -81,34 +78,26 @@ def last_losses(folder: Path) -> dict[str, float]:
     return found
 
 
-def write_recipe(folder: Path, method: str, steps: int) -> str:
-    """Writes our recipe and returns its path. JSON is YAML."""
-    recipe = {
-        "model": {"name": str(MODEL)},
-        "data": {"train": str(TRAIN_FILE), "max_length": 256},
-        "method": {"type": method, "r": 16, "alpha": 32, "dropout": 0.05},
-        "training": {
-            "max_steps": steps,
-            "per_device_train_batch_size": 8,
-            "learning_rate": 2e-4,
-            "lr_scheduler_type": "linear",
-            "warmup_ratio": 0,
-            "logging_steps": 5,
-        },
-        "output_dir": str(folder / f"out-{method}"),
+def write_recipe(folder: Path, method: str, model: Path, steps: int) -> str:
+    """Writes our recipe and returns its path."""
+    training = {
+        "max_steps": steps,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 2e-4,
+        "lr_scheduler_type": "linear",
+        "warmup_ratio": 0,
+        "logging_steps": 5,
     }
-    path = folder / f"{method}.yaml"
-    path.write_text(json.dumps(recipe), encoding="utf-8")
-    return str(path)
+    return runs.write_recipe(folder, method, model, {**runs.LORA, "type": method, "dropout": 0.05}, training)
 
 
-def write_trl_config(folder: Path, steps: int) -> str:
+def write_trl_config(folder: Path, model: Path, steps: int) -> str:
     """Writes the same for `trl sft` and returns its path."""
     data = folder / "data"
     data.mkdir()
-    shutil.copy(TRAIN_FILE, data / "train.jsonl")
+    shutil.copy(runs.TRAIN_FILE, data / "train.jsonl")
     config: dict[str, Any] = {
-        "model_name_or_path": str(MODEL),
+        "model_name_or_path": str(model),
         "dataset_name": str(data),
         "output_dir": str(folder / "out-trl"),
         "use_peft": True,

@@ -59,8 +59,8 @@ def run(options: Options) -> list[Table]:
     return [Table("A training step by the frozen model's own", rows, (note,))]
 
 
-def llama(*, small: bool = False) -> torch.nn.Module:
-    """Returns the model; a `small` one where it only matters that it is measured."""
+def llama(num_layers: int = 8, *, small: bool = False) -> torch.nn.Module:
+    """Returns the model; a `small` one, of one layer, where it only matters that it is measured."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -68,7 +68,7 @@ def llama(*, small: bool = False) -> torch.nn.Module:
     config = LlamaConfig(
         hidden_size=256 if small else 512,
         intermediate_size=256 if small else 1408,
-        num_hidden_layers=1 if small else 8,
+        num_hidden_layers=1 if small else num_layers,
         num_attention_heads=8,
         num_key_value_heads=8,
         vocab_size=8192,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeAlias
 
 Cell: TypeAlias = "str | int | float | None"
@@ -17,11 +19,19 @@ class Options:
         rounds: Interleaved rounds; each part may need more of them for one figure, never fewer.
         smoke: Whether to do as little as there can be, to see that it measures.
         threads: CPU threads of every process that is started.
+        model: The folder of the model that whole runs train.
+        only: A regular expression; of the parts that go row by row, those rows are measured in whose names it is found.
     """
 
     rounds: int
     smoke: bool
     threads: int
+    model: Path
+    only: str = ""
+
+    def wants(self, row: str) -> bool:
+        """Returns whether the row is to be measured."""
+        return re.search(self.only, row) is not None
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any
 
 from scripts.bench import timing
-from scripts.bench.end_to_end import MODEL, REPOSITORY, TRAIN_FILE
+from scripts.bench.runs import REPOSITORY, TRAIN_FILE
 from scripts.bench.table import Cell, Options, Table
 
 WORKER = Path(__file__).with_name("tokenization_worker.py")
@@ -27,11 +27,12 @@ KINDS = {"prompt-completion": "Rows of prompt and completion", "chat": "Chats of
 
 def run(options: Options) -> list[Table]:
     """Returns rows a second of both tools, without and with their caches."""
-    if not (options.smoke or MODEL.is_dir()):
+    model = options.model.expanduser()
+    if not (options.smoke or model.is_dir()):
         sys.exit("error: the demo model is missing\n\nhint: make model")
     with tempfile.TemporaryDirectory(prefix="peftcli-bench-") as name:
         folder = Path(name)
-        tokenizer = small_tokenizer(folder / "tokenizer") if options.smoke else MODEL
+        tokenizer = small_tokenizer(folder / "tokenizer") if options.smoke else model
         return [table(kind, folder, tokenizer, options) for kind in KINDS]
 
 
@@ -58,9 +59,10 @@ def table(kind: str, folder: Path, tokenizer: Path, options: Options) -> Table:
         }
         for label, each in found.items()
     }
+    whose = "a small tokenizer" if options.smoke else f"the tokenizer of {tokenizer.name}"
     notes = (
-        f"{num_rows:,} rows, {'a small tokenizer' if options.smoke else 'the tokenizer of SmolLM2'}; medians of "
-        f"{rounds} rounds. Reading the file is part of peftcli's time and not of TRL's.",
+        f"{num_rows:,} rows, {whose}; medians of {rounds} rounds. Reading the file is in peftcli's time and not in "
+        "TRL's.",
     )
     return Table(f"{KINDS[kind]} to tokens", rows, notes)
 

@@ -6,11 +6,14 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
 
 from peftcli import files, inject
 from peftcli.checkpoint import adapter as adapter_files
 from peftcli.checkpoint.adapter import BASE_PREFIX, CONFIG_FILE, WEIGHTS_FILE, attach, read_adapter, save_adapter
-from peftcli.errors import HostError, ModelError
+from peftcli.checkpoint.seal import SEAL_FILE
+from peftcli.errors import HostError, ModelError, NumericalError
+from tests.conftest import tiny_llama_config
 from tests.methods.building import adapt, logits, origin_of, randomise, token_ids
 
 TARGETS = ["q_proj", "down_proj"]
@@ -309,7 +312,7 @@ def test_what_the_config_says(saved):
         "rank_pattern": {"q_proj": 2},
         "alpha_pattern": {},
     }
-    assert {file.name for file in folder.iterdir()} == {CONFIG_FILE, WEIGHTS_FILE}
+    assert {file.name for file in folder.iterdir()} == {CONFIG_FILE, WEIGHTS_FILE, SEAL_FILE}
 
 
 @pytest.mark.parametrize(("name", "init"), [("lora", "kaiming"), ("dora", "kaiming"), ("lora", "pissa")])
@@ -378,6 +381,49 @@ def test_a_write_that_went_wrong_is_noticed(make_model, tmp_path, monkeypatch):
     monkeypatch.setattr(adapter_files.files, "write_safetensors", damaging)
     with pytest.raises(ModelError, match="differs from the adapter in memory"):
         write(tmp_path / "a", make_model())
+
+
+def test_what_is_not_finite_is_not_written(make_model, tmp_path):
+    model = make_model()
+    config, _ = adapt(model, "lora", TARGETS)
+    next(iter(inject.adapters(model).values())).B.data[0, 0] = float("inf")
+    with pytest.raises(NumericalError, match=r"cannot be saved: .*q_proj\.lora_B\.weight holds values that"):
+        save_adapter(tmp_path, model, origin_of("lora", config))
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_empty_is_not_written(make_model, tmp_path):
+    """As a tensor is whose numbers are on other processes."""
+    model = make_model()
+    config, _ = adapt(model, "lora", TARGETS)
+    adapter = next(iter(inject.adapters(model).values()))
+    adapter.B.data = adapter.B.data[:0]
+    with pytest.raises(ModelError, match=r"the adapter cannot be saved: .*q_proj\.lora_B\.weight is empty"):
+        save_adapter(tmp_path, model, origin_of("lora", config))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_config_that_went_wrong_is_noticed(make_model, tmp_path, monkeypatch):
+    honest = files.write_json
+
+    def damaging(path, fields):
+        honest(path, {**fields, "lora_alpha": 7} if path.name == CONFIG_FILE else fields)
+
+    monkeypatch.setattr(adapter_files.files, "write_json", damaging)
+    with pytest.raises(ModelError, match=r"lora_alpha was 6\.0, is 7, a moment ago"):
+        write(tmp_path / "a", make_model())
+
+
+@pytest.mark.parametrize("heads", [["classifier", "score"], ["score"]])
+def test_heads_that_peft_lists_whichever_there_is(heads, saved, make_model):
+    """PEFT names both for every labelling model; but one of them must be there."""
+    folder = saved()
+    set_config(modules_to_save=heads)(folder)
+    refuses(folder, make_model(), f"modules_to_save: no module matches {', '.join(heads)}")
+    config = tiny_llama_config(num_labels=3)
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config)
+    refuses(folder, model, "score.weight is missing")
 
 
 def test_a_folder_that_cannot_be_written(make_model, tmp_path):

@@ -7,18 +7,20 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from peftcli import files
 from peftcli.checkpoint import moments, state
 from peftcli.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE
+from peftcli.checkpoint.seal import SEAL_FILE
 from peftcli.checkpoint.state import OPTIMIZER_FILE, STATE_FILE, Progress
-from peftcli.errors import ModelError
+from peftcli.errors import ModelError, NumericalError
 from peftcli.recipe import TrainingSection
 from peftcli.training.optimizers import make_optimizer
 from tests.methods.building import adapt, origin_of, trainable
 
 PROGRESS = Progress(2, 1234, 0.1 + 0.2, 1, 3, {"scale": 65536.0, "growth_tracker": 7})
-FILES = [CONFIG_FILE, WEIGHTS_FILE, OPTIMIZER_FILE, STATE_FILE]
+FILES = [CONFIG_FILE, WEIGHTS_FILE, SEAL_FILE, OPTIMIZER_FILE, STATE_FILE]
 
 
 class Run:
@@ -116,9 +118,18 @@ def test_pissa_resumes_with_its_start(tmp_path, make_model):
 def test_a_checkpoint_holds_nothing_of_the_base(saved):
     _, folder = saved
     assert {file.name for file in folder.iterdir()} == set(FILES)
-    keys = [*state.load_file(folder / WEIGHTS_FILE), *state.load_file(folder / OPTIMIZER_FILE)]
+    keys = [*load_file(folder / WEIGHTS_FILE), *load_file(folder / OPTIMIZER_FILE)]
     assert len(keys) == 8 + 3 * 8  # A and B at four places; their two moments and step counters
     assert all("lora_" in key or ".adapter." in key for key in keys)
+
+
+def test_a_moment_that_is_not_finite_is_not_saved(make_run):
+    run = make_run()
+    run.step(0)
+    next(iter(run.optimizer.state.values()))["exp_avg"][0, 0] = torch.nan
+    with pytest.raises(NumericalError, match=r"the optimizer's state cannot be saved: .*\|exp_avg holds values that"):
+        run.save()
+    assert not list(run.folder.iterdir())
 
 
 def test_an_optimizer_of_another_model_is_refused(make_run):
@@ -131,7 +142,7 @@ def test_an_optimizer_of_another_model_is_refused(make_run):
 @pytest.mark.parametrize("entry", ["exp_avg", "exp_avg_sq", "step", None])
 def test_a_parameter_whose_state_is_missing_is_not_started_anew(entry, saved, make_run):
     _, folder = saved
-    stored = state.load_file(folder / OPTIMIZER_FILE)
+    stored = load_file(folder / OPTIMIZER_FILE)
     name = next(iter(stored)).partition("|")[0]
     kept = {key: tensor for key, tensor in stored.items() if key.partition("|")[0] != name}
     if entry is not None:
@@ -171,7 +182,7 @@ def test_all_that_an_optimizer_keeps_comes_back_and_none_may_be_missing(optim, m
         optimizer.step()
     kept = moments.optimizer_tensors(model, optimizer)
     files.write_safetensors(tmp_path / "file", kept)
-    stored = state.load_file(tmp_path / "file")
+    stored = load_file(tmp_path / "file")
     assert {key.partition("|")[2] for key in stored} == ENTRIES[optim]
 
     other, again = fresh()
@@ -201,7 +212,7 @@ CHANGES = {
 @pytest.mark.parametrize(("change", "message"), CHANGES.values(), ids=CHANGES)
 def test_state_of_another_kind_is_refused(change, message, saved, make_run):
     _, folder = saved
-    stored = state.load_file(folder / OPTIMIZER_FILE)
+    stored = load_file(folder / OPTIMIZER_FILE)
     key = next(key for key in stored if key.endswith("|exp_avg"))
     again = make_run()
     with pytest.raises(ModelError, match=message):
@@ -325,13 +336,37 @@ def test_when_all_are_damaged_all_are_told(saved):
     assert [remark.partition(" ")[0] for remark in remarks] == ["checkpoint-10", "checkpoint-5", "checkpoint-2"]
 
 
-def test_a_second_damage_of_the_same_step_replaces_the_first(saved):
+def test_what_is_damaged_is_never_removed(saved):
     run, folder = saved
-    for text in ("first", "second"):
-        (folder / WEIGHTS_FILE).write_text(text)
-        assert len(newest_is(run, None)) == 1
-        assert (folder.with_name("checkpoint-2.damaged") / WEIGHTS_FILE).read_text() == text
+    names = ["checkpoint-2.damaged", "checkpoint-2.damaged-2", "checkpoint-2.damaged-3"]
+    for name in names:
+        (folder / WEIGHTS_FILE).write_text(name)
+        (remark,) = newest_is(run, None)
+        assert remark.endswith(f"set aside as {name}")
         run.save()
+    state.rotate(run.folder, 1, set())
+    assert [(run.folder / name / WEIGHTS_FILE).read_text() for name in names] == names
+
+
+def test_a_checkpoint_under_another_ones_name_is_not_that_step(saved):
+    """All its files are whole: only the step that it is of tells it apart."""
+    run, folder = saved
+    folder.rename(run.folder / "checkpoint-5")
+    (remark,) = newest_is(run, None)
+    assert "checkpoint-5 is damaged (it is that of step 2)" in remark
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_checkpoint_is_not_loaded_whoever_asks(name, saved, make_run):
+    """The best one is loaded at a run's end without being the newest."""
+    _, folder = saved
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(flipped(content, len(content) // 2, 0))
+    with pytest.raises(ModelError, match=r"checkpoint-2 is damaged \("):
+        make_run().load(folder)
+    shutil.rmtree(folder)
+    with pytest.raises(ModelError, match=r"state\.json is missing"):
+        make_run().load(folder)
 
 
 # ---- which there are, and which are kept ----

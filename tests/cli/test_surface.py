@@ -18,7 +18,7 @@ COMMANDS = {
         "--print-launch",
         "--json",
     ],
-    "eval": ["run", "--adapter", "--model", "--data", "--batch-size", "--device", "--json"],
+    "eval": ["run", "--adapter", "--model", "--data", "--batch-size", "--device", "--force", "--json"],
     "merge": [
         "run",
         "--adapter",
@@ -29,6 +29,7 @@ COMMANDS = {
         "--base",
         "--verify",
         "--overwrite",
+        "--force",
         "--json",
     ],
     "export": [
@@ -41,9 +42,10 @@ COMMANDS = {
         "--rank",
         "--lossy",
         "--overwrite",
+        "--force",
         "--json",
     ],
-    "readout": ["run", "--adapter", "--model", "-k", "--nearest", "--json"],
+    "readout": ["run", "--adapter", "--model", "-k", "--nearest", "--force", "--json"],
     "generate": [
         "run",
         "prompts",
@@ -53,6 +55,7 @@ COMMANDS = {
         "--base",
         "--max-new-tokens",
         "--device",
+        "--force",
         "--json",
     ],
     "plan": ["recipe", "overrides", "--json"],

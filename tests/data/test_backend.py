@@ -33,6 +33,7 @@ def test_the_ids_are_those_of_a_call(settings, add_special_tokens, make_tokenize
     tokenizer = make_tokenizer(**settings)
     wanted = [tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"] for text in TEXTS]
     assert token_ids(TEXTS, tokenizer, add_special_tokens=add_special_tokens) == wanted
+    assert token_ids([], tokenizer) == []
 
 
 def test_no_setting_of_an_earlier_call_is_left(make_tokenizer):

@@ -1,11 +1,15 @@
 """Every way in which data is wrong ends in a message that names the file, the row and the field."""
 
+import io
 import json
+import struct
+import zlib
 
 import pytest
 
-from peftcli.data import prepare
+from peftcli.data import prepare, read
 from peftcli.errors import DataError, PeftcliError, RecipeError
+from peftcli.recipe import ModelSection
 
 
 def chat(*turns):
@@ -14,6 +18,31 @@ def chat(*turns):
 
 GOOD = '{"prompt": "a", "completion": "b"}\n'
 GOOD_CHAT = chat(("user", "a"), ("assistant", "b")) + "\n"
+
+
+def parquet(**columns):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    given = {
+        name: pa.array(values, pa.binary()) if name == "image" else pa.array(values) for name, values in columns.items()
+    }
+    if isinstance(columns.get("text", [None])[0], bytes):  # bytes that say that they are text
+        given["text"] = pa.Array.from_buffers(pa.string(), len(columns["text"]), given["text"].buffers())
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(given), buffer)
+    return buffer.getvalue()
+
+
+def png(width, height):
+    """Returns a PNG's header, which claims a size."""
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">II", zlib.crc32(chunk), 0) + b"IDAT"
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(/etc/passwd) (r) file\n"
+BOMB = png(40_000, 40_000)
+LABELLED, IMAGES = {"task": "sequence-classification"}, {"task": "image-classification"}
 
 # name: (file, content, settings, what the message starts with, what else is in it)
 BAD = {
@@ -153,6 +182,94 @@ BAD = {
         'd.jsonl: data.columns.prompt: there is no column "qestion"; the columns are question, completion',
         'did you mean "question"?',
     ),
+    "role that is a list": (
+        "d.jsonl",
+        '{"conversations": [{"from": ["human"], "value": "a"}]}',
+        {},
+        "d.jsonl:1: conversations[0].role is a list",
+        "user",
+    ),
+    "role that garbles a terminal": (
+        "d.jsonl",
+        chat(("user\x1b]0;x\x07", "a")),
+        {},
+        'd.jsonl:1: messages[0].role is "user\\x1b]0;x\\x07"',
+        "",
+    ),
+    "integer without end": (
+        "d.jsonl",
+        GOOD + '{"prompt": "a", "completion": ' + "9" * 5000 + "}",
+        {},
+        "d.jsonl:2: not JSON that can be read",
+        "4300",
+    ),
+    "parquet of other bytes": ("d.parquet", parquet(text=[b"a", b"caf\xe9"]), {}, "d.parquet row 2: text", ""),
+    "damaged parquet": ("d.parquet", parquet(text=["a"])[:4] + b"x" * 60 + b"PAR1", {}, "d.parquet: not Parquet", ""),
+    "no label": ("d.jsonl", '{"text": "a", "label": "x"}\n{"text": "b"}', LABELLED, "d.jsonl:2: label is missing", ""),
+    "null label": (
+        "d.jsonl",
+        '{"text": "a", "label": "x"}\n{"text": "b", "label": null}',
+        LABELLED,
+        "d.jsonl:2: label is null",
+        "",
+    ),
+    "label beyond numbers": (
+        "d.jsonl",
+        '{"text": "a", "label": 0.5}\n{"text": "b", "label": 1e39}',
+        LABELLED,
+        "d.jsonl:2: label is 1e+39, not a finite number",
+        "",
+    ),
+    "label of thousands of digits": (
+        "d.jsonl",
+        '{"text": "a", "label": 0.5}\n{"text": "b", "label": ' + "9" * 400 + "}",
+        LABELLED,
+        "d.jsonl:2: label is 999",
+        "not a finite number",
+    ),
+    "tags of another length": (
+        "d.jsonl",
+        '{"tokens": ["a"], "tags": ["X"]}\n{"tokens": ["a", "b"], "tags": ["X"]}',
+        {"task": "token-classification"},
+        "d.jsonl:2: 2 tokens, but 1 tags",
+        "",
+    ),
+    "word that is a number": (
+        "d.jsonl",
+        '{"tokens": ["a", 1], "tags": ["X", "X"]}',
+        {"task": "token-classification"},
+        "d.jsonl:1: tokens[1] is a number, not text",
+        "",
+    ),
+    "image that is none": ("d.csv", "image,label\nd.csv,x\nd.csv,y\n", IMAGES, "d.csv:2: image is in no format", "PNG"),
+    "image that is not there": (
+        "d.csv",
+        "image,label\n../x.png,x\n",
+        IMAGES,
+        "d.csv:2: image ../x.png cannot",
+        "folder",
+    ),
+    "image without end": (
+        "d.csv",
+        "image,label\n/dev/zero,x\n",
+        IMAGES,
+        "d.csv:2: image /dev/zero cannot",
+        "no such file",
+    ),
+    "image that starts a program": (
+        "d.parquet",
+        parquet(image=[EPS], label=["x"]),
+        IMAGES,
+        "d.parquet row 1: image is in no format that can be read",
+        "PNG",
+    ),
+    "image of a billion pixels": (
+        "d.parquet",
+        parquet(image=[BOMB], label=["x"]),
+        IMAGES,
+        "d.parquet row 1: image has more pixels than an honest one",
+        "",
+    ),
     "split without rows": (
         "d.jsonl",
         GOOD,
@@ -163,15 +280,30 @@ BAD = {
 }
 
 
+def made(data, task, tokenizer):
+    raw = read(data, 0, ModelSection(name="m", task=task))
+    return prepare(
+        data,
+        None if task == "image-classification" else tokenizer,
+        vocab_size=480,
+        max_positions=None,
+        seed=0,
+        raw=raw,
+    )
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_bad_data(case, tokenizer, section):
     name, content, settings, start, rest = BAD[case]
+    task = settings.get("task", "causal-lm")
+    data = section(content, name, **{key: value for key, value in settings.items() if key != "task"})
     with pytest.raises(DataError) as caught:
-        prepare(section(content, name, **settings), tokenizer, vocab_size=480, max_positions=None, seed=0)
+        made(data, task, tokenizer)
     message = str(caught.value)
     assert message.startswith(start), message
     assert rest in message
     assert caught.value.exit_code == 3
+    assert "\x1b" not in message
 
 
 BAD_SETTINGS = {

@@ -53,10 +53,10 @@ class Workplace:
         path.write_text(json.dumps(values))
         return path
 
-    def job(self, name, recipe, *overrides, resume=False):
-        """Returns what a worker is to train: `recipe`, into the folder `name`."""
+    def job(self, name, recipe, *overrides, resume=False, in_chunks=False):
+        """Returns what a worker is to train: `recipe`, into the folder `name`; the loss by two tokens `in_chunks`."""
         changes = [f"output_dir={self.folder / name}", *overrides]
-        return {"recipe": str(recipe), "overrides": changes, "resume": resume}
+        return {"recipe": str(recipe), "overrides": changes, "resume": resume, "in_chunks": in_chunks}
 
     def alone(self, jobs):
         """Does the jobs in this process."""

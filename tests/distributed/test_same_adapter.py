@@ -65,6 +65,11 @@ def runs(workplace):
         halves = ["training.per_device_train_batch_size=2", f"distributed.strategy={strategy}"]
         together.append(workplace.job(f"packed-{strategy}", path, *halves, *packing))
         together.append(workplace.job(f"cached-{strategy}", path, *halves, "data.cache=true"))
+    for strategy in STRATEGIES:  # a process of the two has more chunks than the other
+        halves = ["training.per_device_train_batch_size=2", f"distributed.strategy={strategy}"]
+        together.append(workplace.job(f"chunked-{strategy}", path, *halves, in_chunks=True))
+        together.append(workplace.job(f"chunked-{strategy}-nf4", path, *halves, NF4, in_chunks=True))
+    alone.append(workplace.job("further-one-nf4", path, NF4))
     workplace.alone(alone)
     workplace.together(together)
     return workplace
@@ -110,6 +115,12 @@ def test_they_say_the_same_on_the_way(name, strategy, runs):
 @pytest.mark.parametrize("label", ["accumulated", "checkpointed"])
 def test_however_a_step_is_cut_up(label, strategy, runs):
     assert furthest(runs.adapter("further-one"), runs.adapter(f"further-{label}-{strategy}")) <= SAME_ON_RANKS
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("base", ["", "-nf4"])
+def test_with_the_heads_logits_in_chunks(base, strategy, runs):
+    assert furthest(runs.adapter(f"further-one{base}"), runs.adapter(f"chunked-{strategy}{base}")) <= SAME_ON_RANKS
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

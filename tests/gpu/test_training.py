@@ -11,7 +11,7 @@ from torch import nn
 
 from peftcli import inject, methods, quantization
 from peftcli.recipe import QuantizationSection, TrainingSection
-from peftcli.run import applying
+from peftcli.run import applying, merging
 from peftcli.run.subject import open_subject
 from peftcli.training import optimizers
 from tests.conftest import Recorder, tiny_llama_config
@@ -58,7 +58,7 @@ def test_on_nf4_it_learns_what_a_cpu_does_and_merges_there(name, recipe, train, 
     facts = train(path, "training.mixed_precision=no", device=NAME)
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "cpu"), rel=HALF[torch.bfloat16])
     subject = open_subject(tmp_path / "run", None, None)
-    applying.merge(subject, tmp_path / "run" / "merged", None, Recorder(), overwrite=False)
+    merging.merge(subject, tmp_path / "run" / "merged", None, Recorder(), overwrite=False)
     found = applying.evaluate(open_subject(tmp_path / "run", None, None), None, None, NAME, Recorder())
     trained = facts["result"]["eval"]["eval_loss"]
     assert found["adapter"]["eval_loss"] == pytest.approx(trained, rel=HALF[torch.bfloat16])

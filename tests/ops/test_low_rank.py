@@ -2,15 +2,18 @@ import math
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from peftcli.ops.low_rank import (
     add_expanded,
     add_low_rank,
     add_low_rank_reference,
+    forward_low_rank,
     low_rank,
     merged_low_rank,
     projected_gradient,
     projected_gradient_reference,
+    read,
 )
 from tests.methods.building import assert_close
 from tests.tolerances import EXACT, HALF
@@ -173,3 +176,111 @@ def test_under_autocast_the_update_is_rounded_with_what_it_is_added_to():
     for tensor, expected in zip((x, A, B), gradients, strict=True):
         assert tensor.grad.dtype == torch.float32
         assert_close(tensor.grad, expected, 2 * HALF[torch.bfloat16])
+
+
+# ---- one node for the layer's input and the adapter's ----
+
+
+def layer_of(W, gradients):
+    """Returns a linear layer that notes the gradients of its input which it hands out."""
+
+    class Layer(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x @ W.T
+
+        @staticmethod
+        def backward(ctx, dy):
+            gradients.append(dy @ W)
+            return gradients[-1]
+
+    return lambda x: Layer.apply(x) + 0
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 4)], ids=str)
+@pytest.mark.parametrize("frozen", ["none", "A", "B", "x"])
+@pytest.mark.parametrize("rank", [3, 16])
+def test_the_gradients_of_an_adapted_layer(shape, frozen, rank):
+    W = torch.randn(O, I, dtype=torch.float64)
+    tensors = {"x": torch.randn(*shape, I), "A": torch.randn(rank, I), "B": torch.randn(O, rank)}
+    leaves = {name: tensor.double().requires_grad_(name != frozen) for name, tensor in tensors.items()}
+
+    def adapted(x, A, B):
+        return forward_low_rank(lambda x: x @ W.T, x, x, A, B, S)
+
+    assert torch.autograd.gradcheck(adapted, tuple(leaves.values()))
+    expected = add_low_rank_reference(leaves["x"] @ W.T, *leaves.values(), S)
+    assert_close(adapted(*leaves.values()), expected, EXACT[torch.float64])
+
+
+def test_the_adapters_share_is_written_into_the_layers_gradient():
+    gradients = []
+    A, B = (factor.requires_grad_() for factor in factors())
+    x = torch.randn(2, 4, I, dtype=torch.float64, requires_grad=True)
+    layer = layer_of(torch.randn(O, I, dtype=torch.float64), gradients)
+    forward_low_rank(layer, x, x, A, B, S).sum().backward()
+    assert torch.equal(gradients[0], x.grad), "a tensor of x's size was made"
+
+
+def test_a_gradient_that_cannot_be_written_into_is_added_to():
+    A = factors()[0].requires_grad_()
+    x = torch.randn(2, 4, I, dtype=torch.float64, requires_grad=True)
+    # A sum's gradient is one number, seen as many: to write into it would be to write over itself.
+    passed, u = read(x, A)
+    (passed.sum() + u.square().sum()).backward()
+    assert_close(x.grad, torch.ones_like(x) + 2 * (x.detach() @ A.detach().T) @ A.detach(), EXACT[torch.float64])
+
+
+def test_either_result_may_go_unused():
+    A = factors()[0].requires_grad_()
+    x = torch.randn(4, I, dtype=torch.float64, requires_grad=True)
+    read(x, A)[0].square().sum().backward()
+    assert_close(x.grad, 2 * x.detach(), EXACT[torch.float64])
+    assert A.grad is None
+    x.grad = None
+    read(x, A)[1].sum().backward()
+    assert_close(x.grad, A.detach().sum(dim=0).expand_as(x), EXACT[torch.float64])
+    assert_close(A.grad, x.detach().sum(dim=0).expand_as(A), EXACT[torch.float64])
+
+
+def test_an_input_is_kept_only_for_factors_that_train(kept_shapes):
+    A, B = factors()
+    W = torch.randn(O, I, dtype=torch.float64)
+    x = torch.randn(2, 4, I, dtype=torch.float64, requires_grad=True)
+    found = kept_shapes(lambda: forward_low_rank(lambda x: x @ W.T, x, x, A, B.requires_grad_(), S))
+    assert tuple(x.shape) not in set(map(tuple, found))
+    found = kept_shapes(lambda: forward_low_rank(lambda x: x @ W.T, x, x, A.requires_grad_(), B, S))
+    assert list(map(tuple, found)).count(tuple(x.shape)) == 1
+
+
+def test_inputs_that_need_no_gradient_get_none():
+    """A first layer's, say: passed on as it is, x asks the frozen layer for nothing."""
+    A = factors()[0].requires_grad_()
+    x = torch.randn(4, I, dtype=torch.float64)
+    passed, u = read(x, A)
+    assert passed is x
+    assert u.requires_grad
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_recomputed_it_gives_the_same_gradients(reentrant):
+    A, B = (factor.requires_grad_() for factor in factors())
+    W = torch.randn(O, I, dtype=torch.float64)
+
+    def gradients(run):
+        x = torch.ones(4, I, dtype=torch.float64, requires_grad=True)
+        y = run(lambda x: forward_low_rank(lambda x: x @ W.T, x, x, A, B, S), x)
+        return torch.autograd.grad(y.square().sum(), (A, B)) if not reentrant else _through_backward(y, A, B)
+
+    plain, recomputed = gradients(lambda f, x: f(x)), gradients(lambda f, x: checkpoint(f, x, use_reentrant=reentrant))
+    for one, other in zip(plain, recomputed, strict=True):
+        assert torch.equal(one, other)
+
+
+def _through_backward(y, *leaves):
+    """Returns gradients by way of `.grad`, the only one that reentrant recomputation knows."""
+    y.square().sum().backward()
+    found = [leaf.grad for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    return found

@@ -114,7 +114,7 @@ training:
         "r.yaml:12: method.rnk: unknown key for lora",
         "r.yaml:13: method.detach_norm: unknown key for lora",
         "r.yaml:15: training.num_train_epochs: must be greater than 0, got 0",
-        'r.yaml:16: training.per_device_train_batch_size: expected a whole number, got "8"',
+        'r.yaml:16: training.per_device_train_batch_size: expected auto or a whole number, got "8"',
         "r.yaml:17: training.max_steps: expected a whole number, got 1000.0",
         "r.yaml:17: training.max_steps and training.num_train_epochs exclude each other",
         "r.yaml:18: training.learning_rate: .nan is not a finite number",

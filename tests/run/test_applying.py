@@ -15,7 +15,7 @@ from peftcli.methods.lora import LoRA
 from peftcli.run import applying
 from peftcli.run.merging import merge as run_merge
 from peftcli.run.subject import DEFAULT_PROMPTS, open_subject, proof_inputs
-from tests.conftest import Recorder, write_jsonl
+from tests.conftest import Recorder, unseal, write_jsonl
 from tests.run.merging import merge_and_compare
 
 
@@ -61,6 +61,7 @@ class TestSubjects:
     def test_an_adapter_that_does_not_name_its_base(self, run, model_folder):
         fields = json.loads((run / "adapter_config.json").read_text())
         (run / "recipe.yaml").unlink()
+        unseal(run)
         (run / "adapter_config.json").write_text(json.dumps({**fields, "base_model_name_or_path": None}))
         with pytest.raises(ModelError, match="does not name its base model") as caught:
             subject(run)
@@ -182,6 +183,7 @@ class TestMerging:
         tensors = load_file(run / "adapter_model.safetensors")
         tensors.pop(next(iter(tensors)))
         save_file(tensors, run / "adapter_model.safetensors")
+        unseal(run)
         with pytest.raises(ModelError, match="is missing"):
             merge(subject(run), "merged")
         assert not Path("merged").exists()
@@ -222,5 +224,6 @@ def test_an_adapter_with_a_number_that_is_none(run):
     tensors = load_file(run / "adapter_model.safetensors")
     next(iter(tensors.values()))[0, 0] = torch.nan
     save_file(tensors, run / "adapter_model.safetensors")
+    unseal(run)
     with pytest.raises(ModelError, match="not finite"):
         evaluate(subject(run))

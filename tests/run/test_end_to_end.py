@@ -25,15 +25,22 @@ RUN_FILES = {
     "chat_template.jinja",
     "manifest.json",
     "metrics.jsonl",
+    "adapter_seal.json",
     "recipe.yaml",
     "tokenizer.json",
     "tokenizer_config.json",
 }
-CHECKPOINT_FILES = {"adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors", "state.json"}
+CHECKPOINT_FILES = {
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "adapter_seal.json",
+    "optimizer.safetensors",
+    "state.json",
+}
 
 
-def evaluate(run=None, adapter=None, model=None, data=None, batch_size=None):
-    return applying.evaluate(open_subject(run, adapter, model), data, batch_size, "cpu", Recorder())
+def evaluate(run=None, adapter=None, model=None, data=None, batch_size=None, *, force=False):
+    return applying.evaluate(open_subject(run, adapter, model, force=force), data, batch_size, "cpu", Recorder())
 
 
 def merge(run, target=None, dtype=None, overwrite=False, adapter=None):
@@ -210,4 +217,6 @@ def test_a_base_with_other_weights_gives_other_results(finished, make_model, tmp
         other.model.norm.weight.mul_(2)
     other.save_pretrained(tmp_path / "other")
     word_tokenizer.save_pretrained(tmp_path / "other")
-    assert evaluate(run, model=str(tmp_path / "other"))["base"] != evaluate(run)["base"]
+    with pytest.raises(ModelError, match="not those that the adapter was trained on"):
+        evaluate(run, model=str(tmp_path / "other"))
+    assert evaluate(run, model=str(tmp_path / "other"), force=True)["base"] != evaluate(run)["base"]

@@ -16,6 +16,7 @@ from peftcli.reporting import Silent
 from peftcli.run.exporting import export_as_lora
 from peftcli.run.subject import open_subject, proof_inputs
 from peftcli.sites import dense_weight
+from tests.conftest import unseal
 from tests.families import save_family
 from tests.methods.building import adapt, assert_close, logits, origin_of, randomise, token_ids
 from tests.run.tasks import fields_on_file, recipe_of, save_families, tensors_on_file
@@ -243,6 +244,7 @@ def hydra(folders, recipe_file, tmp_path, train):
     from safetensors.torch import save_file
 
     save_file(stirred, "run/adapter_model.safetensors", {"format": "pt"})
+    unseal("run")
     return Path("run")
 
 

@@ -15,7 +15,7 @@ from peftcli import methods, recipe
 from peftcli.errors import PeftcliError
 from peftcli.methods._protocol import MethodConfig
 from peftcli.recipe import Recipe, schema
-from peftcli.run import applying
+from peftcli.run import applying, merging
 from peftcli.run.subject import open_subject
 from tests.conftest import Recorder, write_jsonl
 from tests.methods.building import SMALL
@@ -79,7 +79,7 @@ def test_every_field_of_every_section(recipe_file, train, reads, rows, tmp_path,
         subject = open_subject(Path(run), None, None)
         applying.evaluate(subject, None, None, "cpu", Recorder())
         list(applying.generate(subject, ["the cat"], {}, "cpu", Recorder(), with_base=False))
-    applying.merge(open_subject(Path("run"), None, None), Path("merged"), None, Recorder(), overwrite=False)
+    merging.merge(open_subject(Path("run"), None, None), Path("merged"), None, Recorder(), overwrite=False)
     labelled = [{"text": row["prompt"], "label": len(row["prompt"]) / 9} for row in rows]
     model = {"task": "sequence-classification", "problem_type": "regression", "num_labels": 1}
     data = {"train": str(write_jsonl(tmp_path / "labelled.jsonl", labelled)), "eval": None}

@@ -172,7 +172,7 @@ def test_another_base_that_comes_packed_otherwise_is_an_error(recipe_file, train
     train(recipe_file(quantization={"type": "nf4"}))
     with pytest.raises(RecipeError, match=r'quantization\.type: "nf4" does not go with model\.name: .*type: "int8"'):
         open_subject(Path("run"), None, str(packed_folders["int8"]))
-    assert open_subject(Path("run"), None, str(packed_folders["nf4"])).base.comes_packed
+    assert open_subject(Path("run"), None, str(packed_folders["nf4"]), force=True).base.comes_packed
 
 
 @pytest.mark.parametrize(

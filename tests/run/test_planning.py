@@ -1,5 +1,6 @@
 """`peftcli plan`: what a recipe would train, told from the model's configuration alone."""
 
+import contextlib
 import json
 import shutil
 import time
@@ -9,6 +10,7 @@ import pytest
 
 from peftcli import inject, models
 from peftcli.errors import EXIT_BUG
+from peftcli.training import memory
 from tests.conftest import tiny_llama_config
 from tests.run.tasks import FAMILY, recipe_of, save_families, tensors_on_file
 
@@ -264,5 +266,26 @@ def test_a_folder_without_a_configuration(recipe_file, tmp_path, cli):
 
 def test_every_field_is_there(families, recipe_file, tmp_path, plan):
     facts = plan(recipe_file(**recipe_of("lora", "causal-lm", families, tmp_path)))
-    assert list(facts) == ["method", "model", *COUNTED, "adapted_modules", "adapter_bytes", "modules"]
+    sizes = ["adapter_bytes", "base_bytes", "training_bytes"]
+    assert list(facts) == ["method", "model", *COUNTED, "adapted_modules", *sizes, "modules"]
     assert {key for group in facts["modules"] for key in group} == {"modules", "count", "shape", "params"}
+
+
+@pytest.mark.parametrize("packed", [None, "nf4", "int8"])
+@pytest.mark.parametrize("method", ["lora", "dora", "ln_tuning"])
+def test_the_memory_that_is_planned_is_what_is_held(method, packed, recipe_file, plan, train, monkeypatch):
+    found = {}
+
+    @contextlib.contextmanager
+    def noted(model, settings, *_):
+        found["held"] = memory.held(model, settings)
+        yield
+
+    monkeypatch.setattr(memory, "explained", noted)
+    sections = {"method": {"type": method}, "training": {"max_steps": 1}}
+    path = recipe_file(**sections, **({"quantization": {"type": packed}} if packed else {}))
+    facts = plan(path)
+    train(path)
+    assert facts["training_bytes"] == found["held"].trained
+    # Tables of code values, and scales of layers that are no multiple of a block, are not in a plan.
+    assert facts["base_bytes"] == pytest.approx(found["held"].base, rel=0.1 if packed else 0.01)

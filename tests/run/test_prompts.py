@@ -16,6 +16,7 @@ from peftcli.recipe import GenerateSection
 from peftcli.run.opening import load_weights, make_batcher
 from peftcli.run.subject import evaluation_data, open_subject
 from peftcli.training.objectives import label_logits
+from tests.conftest import unseal
 from tests.methods.building import assert_close
 from tests.run.tasks import recipe_of, save_families
 from tests.tolerances import EXACT, LOSS_CURVE
@@ -38,6 +39,7 @@ def prompts_of(run):
 def set_prompts(run, P):
     """Writes other prompts into a run's file."""
     path = Path(run) / "adapter_model.safetensors"
+    unseal(run)
     save_file({**load_file(path), "prompt_embeddings": P.contiguous()}, path, {"format": "pt"})
 
 

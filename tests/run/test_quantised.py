@@ -15,7 +15,7 @@ from peftcli.run.exporting import export_as_lora
 from peftcli.run.merging import merge_onto
 from peftcli.run.opening import load_weights, open_base
 from peftcli.run.subject import open_subject
-from tests.conftest import Recorder
+from tests.conftest import Recorder, unseal
 from tests.run.merging import merge_and_compare
 from tests.run.tasks import recipe_of, save_families
 from tests.tolerances import HALF
@@ -207,11 +207,17 @@ class TestWhatCannotBe:
         train(recipe_file(model={"name": "./untied"}, method={"type": "head"}, quantization=NF4))
 
 
-def test_an_adapter_may_hold_a_module_in_full(recipe_file, train):
+def test_an_adapter_may_hold_a_module_in_full(recipe_file, train, model_folder):
     """Such a module, that a file of PEFT's may name, is left dense: its weights are the adapter's."""
     train(recipe_file(quantization=NF4))
     config = Path("run/adapter_config.json")
     config.write_text(json.dumps({**json.loads(config.read_text()), "modules_to_save": ["layers.0.mlp.up_proj"]}))
+    module = "model.layers.0.mlp.up_proj"
+    weights = {"weight": torch.randn(80, 48), "bias": torch.zeros(80)}
+    path = Path("run/adapter_model.safetensors")
+    held = {f"base_model.model.{module}.{name}": tensor for name, tensor in weights.items()}
+    save_file({**load_file(path), **held}, path, {"format": "pt"})
+    unseal("run")
     subject = open_subject(Path("run"), None, None)
     model, _ = load_weights(subject.base, torch.device("cpu"))
     assert not quantization.is_quantised(model.model.layers[0].mlp.up_proj)

@@ -73,7 +73,7 @@ class TestTheFolder:
         def refuse(self, *_):
             raise OSError(number, os.strerror(number), str(self))
 
-        monkeypatch.setattr(Path, "write_bytes", refuse)
+        monkeypatch.setattr(files, "_write_new", refuse)
         monkeypatch.setattr("peftcli.models.locate", None)  # found out before the model is looked for
         with pytest.raises(HostError, match=f"cannot write run: {os.strerror(number)}") as caught:
             train(recipe_file())

@@ -218,8 +218,9 @@ def test_a_base_with_nan_is_refused_before_it_is_learned_from(make_trainer, make
     model.model.layers[1].mlp.down_proj.weight.data[3, 3] = float("nan")
     trainer = make_trainer(model=model, max_steps=3, save_steps=1)
     before = params(trainer)
-    with pytest.raises(NumericalError, match="step 1: the loss is nan; the step was not applied"):
+    with pytest.raises(NumericalError, match="step 1: the loss is nan, since the base") as caught:
         trainer.run()
+    assert "model's model.layers.1.mlp.down_proj.weight holds values that are not finite; the step" in str(caught.value)
     assert all(torch.equal(tensor, before[name]) for name, tensor in params(trainer).items())
     assert (saved(trainer), metrics(trainer)) == ([], [])
 
@@ -234,6 +235,15 @@ def test_a_diverging_run_ends_with_its_checkpoint_intact(make_trainer):
     kept = params(trainer)
     state.load_checkpoint(whole, trainer.task.model, trainer.optimizer)
     assert all(torch.equal(tensor, kept[name]) for name, tensor in params(trainer).items())
+
+
+def test_weights_that_the_last_step_has_spoilt_are_not_saved(make_trainer):
+    """No later step's loss shows them."""
+    trainer = make_trainer(max_steps=1, save_steps=1, warmup_steps=0, learning_rate=1e39, max_grad_norm=None)
+    with pytest.raises(NumericalError, match=r"the adapter cannot be saved: .* not finite") as caught:
+        trainer.run()
+    assert "learning_rate" in caught.value.problems[0].hint
+    assert saved(trainer) == []
 
 
 def test_a_gradient_that_is_not_finite_is_named(make_trainer):
