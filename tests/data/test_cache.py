@@ -15,7 +15,7 @@ from peftcli import files
 from peftcli.data import cache, prepare, read, store
 from peftcli.data.dataset import EncodedDataset, Sample
 from peftcli.errors import DataError
-from peftcli.recipe.schema import ModelSection
+from peftcli.recipe.schema import DataSection, ModelSection
 
 ROWS = [{"prompt": f"What is {i}?\n", "completion": f" It is {i + 1}, of course." * (1 + i % 5)} for i in range(1200)]
 CHATS = [
@@ -91,6 +91,13 @@ def test_another_field_is_another_entry(change, encode, tokenizer):
     encode(ROWS, tokenizer)
     encode(ROWS, tokenizer, **change)
     assert encode.calls
+
+
+def test_each_field_of_the_section_is_in_the_key_or_cannot_matter():
+    """A new field belongs into one of the two."""
+    which_rows = {"train", "eval", "eval_fraction", "format"}  # the rows and their format are in the key themselves
+    later = {"cache", "padding_free", "packing"}
+    assert {*cache.DECIDING_FIELDS, *which_rows, *later} == set(DataSection.model_fields)
 
 
 def test_a_changed_row_is_another_entry(encode, tokenizer):
