@@ -43,6 +43,9 @@ MAX_BYTES = 20_000_000_000
 
 LOCKS = ".locks"
 
+DECIDING_FIELDS = ("columns", "max_length", "overlong", "train_on")
+"""Fields of the data section that decide what rows become, beside those that decide which rows there are."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -149,7 +152,7 @@ def key_of(job: Job) -> str | None:
     facts = {
         "columns": list(job.rows.columns),
         "format": job.form,
-        "fields": {name: getattr(job.data, name) for name in ("columns", "max_length", "overlong", "train_on")},
+        "fields": {name: getattr(job.data, name) for name in DECIDING_FIELDS},
         "meaning": asdict(job.meaning),
         "vocab_size": job.vocab_size,
     }

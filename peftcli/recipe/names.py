@@ -148,7 +148,10 @@ _CONTENT = (
     "encoded data is kept by its content, so there is nothing to overwrite or to name; data.cache: false keeps none"
 )
 _ALL_CORES = "there is nothing to set: the tokenizer uses all cores of the machine"
-_MAPPED = "not in this version; large data is not held in memory: lines are read as they are encoded, tokens are mapped"
+_MAPPED = (
+    "a hub dataset is downloaded before training; nothing long is held in memory: lines of local files are read as they"
+    " are encoded, and tokens are mapped from the disk"
+)
 _OUTPUT = "the run's files all go to output_dir, which is never overwritten"
 
 # What peftcli does not have -> the other names for it.

@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 import os
+import signal
 import threading
 from collections import Counter
 from pathlib import Path
@@ -14,7 +15,7 @@ from peftcli import files
 from peftcli.data import cache, prepare, read, store
 from peftcli.data.dataset import EncodedDataset, Sample
 from peftcli.errors import DataError
-from peftcli.recipe.schema import ModelSection
+from peftcli.recipe.schema import DataSection, ModelSection
 
 ROWS = [{"prompt": f"What is {i}?\n", "completion": f" It is {i + 1}, of course." * (1 + i % 5)} for i in range(1200)]
 CHATS = [
@@ -90,6 +91,13 @@ def test_another_field_is_another_entry(change, encode, tokenizer):
     encode(ROWS, tokenizer)
     encode(ROWS, tokenizer, **change)
     assert encode.calls
+
+
+def test_each_field_of_the_section_is_in_the_key_or_cannot_matter():
+    """A new field belongs into one of the two."""
+    which_rows = {"train", "eval", "eval_fraction", "format"}  # the rows and their format are in the key themselves
+    later = {"cache", "padding_free", "packing"}
+    assert {*cache.DECIDING_FIELDS, *which_rows, *later} == set(DataSection.model_fields)
 
 
 def test_a_changed_row_is_another_entry(encode, tokenizer):
@@ -245,6 +253,28 @@ def test_of_two_processes_at_once_one_encodes(section, tokenizer):
         one.join()
     assert len({fingerprint for fingerprint, _ in found}) == 1
     assert Counter(said for _, said in found) == {"and": 1, "before": 1}
+
+
+def encode_and_be_killed(tokenizer, data):
+    store.write_facts = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # as late as can be
+    prepare(data, tokenizer, vocab_size=480, max_positions=None, seed=0)
+
+
+def test_who_is_killed_blocks_and_misleads_nobody(encode, section, tokenizer, home):
+    killed = multiprocessing.get_context("fork").Process(
+        target=encode_and_be_killed, args=(tokenizer, section(ROWS, cache=True))
+    )
+    killed.start()
+    killed.join(60)
+    assert killed.exitcode == -signal.SIGKILL
+    (left,) = entries(home)
+    assert (left / "input_ids.bin").stat().st_size
+    made = encode(ROWS, tokenizer)
+    assert encode.calls
+    assert "damaged" not in made.remarks[0]
+    assert entries(home) == [left.with_suffix("")]
+    encode(ROWS, tokenizer)
+    assert encode.calls == 0
 
 
 def test_every_kind_of_sample_comes_back_as_it_was(tmp_path):

@@ -72,7 +72,7 @@ class Workplace:
         start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
         done = subprocess.run(
             [*start, "-m", "tests.distributed.worker", str(file)],
-            env=environment(),
+            env=environment(XDG_CACHE_HOME=str(self.folder / "cache")),
             cwd=self.folder,
             capture_output=True,
             text=True,

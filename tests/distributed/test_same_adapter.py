@@ -64,6 +64,7 @@ def runs(workplace):
     for strategy in STRATEGIES:
         halves = ["training.per_device_train_batch_size=2", f"distributed.strategy={strategy}"]
         together.append(workplace.job(f"packed-{strategy}", path, *halves, *packing))
+        together.append(workplace.job(f"cached-{strategy}", path, *halves, "data.cache=true"))
     for strategy in STRATEGIES:  # a process of the two has more chunks than the other
         halves = ["training.per_device_train_batch_size=2", f"distributed.strategy={strategy}"]
         together.append(workplace.job(f"chunked-{strategy}", path, *halves, in_chunks=True))
@@ -129,6 +130,13 @@ def test_packs_are_shared_out(strategy, runs):
     assert one["result"]["supervised_tokens"] == two["result"]["supervised_tokens"]
     plain = runs.manifest("further-one")  # of which a step holds fewer samples
     assert one["result"]["supervised_tokens"] > 1.5 * plain["result"]["supervised_tokens"]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_encoded_data_is_shared_through_the_cache(strategy, runs):
+    assert furthest(runs.adapter("further-one"), runs.adapter(f"cached-{strategy}")) <= SAME_ON_RANKS
+    kept = [path.name for path in (runs.folder / "cache/peftcli/data").iterdir() if path.name != ".locks"]
+    assert len(kept) == 2  # training and evaluation data, of all runs and processes
 
 
 def test_processes_draw_noise_of_their_own(runs):
