@@ -40,7 +40,7 @@ def run(order: Order) -> Outcome:
         )
         if wrong:
             outcome.failures.append(f"{name}, damage {number} of {', '.join(sorted(damaged))}: {wrong}")
-        progress.tell(number + 1, len(outcome.failures), name)
+        progress.tell(number + 1, outcome.failures, name)
     outcome.sum_up(COLUMNS)
     return outcome
 

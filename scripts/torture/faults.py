@@ -25,6 +25,8 @@ TOO_LARGE = "file too large"
 """By a limit that the kernel sets on the size of files: this alone reaches into the libraries' own writes."""
 LIMITS = (4_000, 50_000)
 """The least is more than a run says, the largest less than its largest file."""
+MOST_LIMITS = 60
+"""So many say what there is to say: a limit meets one of the few files that are larger than it."""
 
 
 def run(order: Order) -> Outcome:
@@ -39,20 +41,21 @@ def run(order: Order) -> Outcome:
     random = order.random("faults")
     chosen = points if order.count >= len(points) else sorted(random.sample(points, order.count))
     outcome.rows = {way: {"calls": len(calls), **dict.fromkeys(COLUMNS, 0)} for way in WAYS}
-    progress = Progress("faults", len(chosen))
-    for done, (way, at) in enumerate(chosen):
+    limits = [random.randrange(*LIMITS) for _ in range(min(MOST_LIMITS, max(2, order.count // 12)))]
+    progress = Progress("faults", len(chosen) + len(limits))
+    for done, (way, at) in enumerate(chosen, 1):
         wrong = _once(trial, at, way)
         outcome.count(way, "failed", "not survived" if wrong else "")
         if wrong:
             outcome.failures.append(f"{way} at call {at} ({calls[at - 1]}): {wrong}")
-        progress.tell(done + 1, len(outcome.failures), way)
-    limits = [random.randrange(*LIMITS) for _ in range(max(2, order.count // 12))]
+        progress.tell(done, outcome.failures, way)
     outcome.rows[TOO_LARGE] = dict.fromkeys(COLUMNS, 0)
-    for limit in limits:
+    for done, limit in enumerate(limits, len(chosen) + 1):
         wrong = _survived(trial, partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit)), {FAILED})
         outcome.count(TOO_LARGE, "failed", "not survived" if wrong else "")
         if wrong:
             outcome.failures.append(f"no file larger than {limit} bytes: {wrong}")
+        progress.tell(done, outcome.failures, TOO_LARGE)
     outcome.sum_up(COLUMNS)
     return outcome
 

@@ -29,7 +29,7 @@ def run(order: Order) -> Outcome:
     while kills < order.count or turn < len(trials):
         trial = trials[turn % len(trials)]
         kills += trial.once(order.random("kills", turn), outcome.failures)
-        progress.tell(kills, len(outcome.failures), trial.case)
+        progress.tell(kills, outcome.failures, trial.case)
         turn += 1
     outcome.rows = {trial.case: trial.figures for trial in trials}
     outcome.sum_up(COLUMNS)

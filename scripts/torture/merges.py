@@ -33,7 +33,7 @@ def run(order: Order) -> Outcome:
     while kills < order.count:
         name = list(COMMANDS)[turn % len(COMMANDS)]
         kills += attempts[name].once(order, turn, outcome)
-        progress.tell(kills, len(outcome.failures), name)
+        progress.tell(kills, outcome.failures, name)
         turn += 1
     for name, attempt in attempts.items():
         attempt.finish(outcome, name)

@@ -71,14 +71,18 @@ class Progress:
     def __init__(self, part: str, total: int) -> None:
         self._part, self._total = part, total
         self._begun = self._told = time.monotonic()
+        self._failures = 0
         self._every = 0.2 if sys.stderr.isatty() else 20.0
 
-    def tell(self, done: int, failures: int, what: str = "") -> None:
-        """Says that `done` of all are done, `failures` of them badly, if it is time to say so."""
+    def tell(self, done: int, failures: list[str], what: str = "") -> None:
+        """Says which `failures` are new, at once, and that `done` of all are done, if it is time to say so."""
         now = time.monotonic()
+        start, end = ("\r", "\x1b[K") if sys.stderr.isatty() else ("", "\n")
+        for failure in failures[self._failures :]:
+            print(f"{start}{self._part}: FAILED: {failure}", file=sys.stderr, flush=True)
+        self._failures = len(failures)
         if now - self._told < self._every:
             return
         self._told = now
-        start, end = ("\r", "\x1b[K") if sys.stderr.isatty() else ("", "\n")
-        text = f"{self._part}: {done:,} of {self._total:,}, {failures} failures, {now - self._begun:.0f} s {what}"
+        text = f"{self._part}: {done:,} of {self._total:,}, {len(failures)} failures, {now - self._begun:.0f} s {what}"
         print(f"{start}{text}", end=end, file=sys.stderr, flush=True)

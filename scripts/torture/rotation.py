@@ -47,7 +47,7 @@ def run(order: Order) -> Outcome:
                 outcome.failures.append(f"sequence {number}, limit {life.limit}: {', '.join(told)}: {broken}")
                 break
         shutil.rmtree(folder)
-        progress.tell(number + 1, len(outcome.failures))
+        progress.tell(number + 1, outcome.failures)
     outcome.sum_up(COLUMNS)
     return outcome
 
