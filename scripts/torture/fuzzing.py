@@ -39,7 +39,7 @@ class Fuzzing:
         if seconds > SLOWEST:
             self._tell(case, mutant, "slow")
         self._done += 1
-        self._progress.tell(self._done, len(self._outcome.failures), case)
+        self._progress.tell(self._done, self._outcome.failures, case)
 
     def _tell(self, case: str, mutant: bytes, what: str) -> None:
         place = what.rpartition('File "')[2][:120]
