@@ -143,6 +143,7 @@ class Trainer:
                 self.evaluations[step] = metrics
             else:
                 self.last_log = metrics
+        self._rotate()  # what was killed between saving its last step and this leaves one checkpoint too many
 
     def run(self) -> Result:
         """Trains to the end.
@@ -318,15 +319,20 @@ class Trainer:
         if self.accelerator.scaler is not None:
             self.progress.loss_scale = self.accelerator.scaler.state_dict()
         self.progress.meter = self.meter.state()
-        first = self.processes.is_first
         for log in task.logs:
             log.sync()  # a checkpoint vouches for what was logged before it
-        state.save_checkpoint(task.run, self.progress, task.model, self.optimizer, task.origin, writes=first)
-        keep = {self.progress.best_step} if task.settings.load_best_at_end else set()
-        if first:
-            state.rotate(task.run, task.settings.save_total_limit, keep)
+        writes = self.processes.is_first
+        state.save_checkpoint(task.run, self.progress, task.model, self.optimizer, task.origin, writes=writes)
+        self._rotate()
         self.saved_step = self.progress.step
         self.processes.wait()  # until it is there for all
+
+    def _rotate(self) -> None:
+        """Removes the checkpoints that are more than the recipe asks for."""
+        settings = self.task.settings
+        keep = {self.progress.best_step} if settings.load_best_at_end else set()
+        if self.processes.is_first:
+            state.rotate(self.task.run, settings.save_total_limit, keep)
 
     def _restore_best(self) -> None:
         """Puts the adapter with the lowest evaluation loss back, where the recipe asks for it."""

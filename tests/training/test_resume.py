@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from peftcli.checkpoint import state
 from peftcli.errors import EXIT_INTERRUPTED_TWICE, DataError, Interrupted, ModelError, RecipeError
 from peftcli.recipe import TrainingSection
 from tests.conftest import Recorder, tiny_llama_config, write_jsonl
@@ -179,6 +180,27 @@ def test_killed_between_checkpoints(stopping_recipe, train, whole, tmp_path):
         file.write('{"step": 5, "loss": 1.0}\n{"step": 6, "lo')  # logged after the checkpoint, and half a line
     train(path, resume=True)
     assert_same(tmp_path / "run", whole(path))
+
+
+def test_killed_before_the_oldest_checkpoint_was_removed(stopping_recipe, train, tmp_path, monkeypatch):
+    """After the last step, so that no later save removes it: there are no more than the recipe asks for."""
+    path = stopping_recipe(save_total_limit=2)
+    train(path, "output_dir=whole")
+    with monkeypatch.context() as patch:
+        rotate = state.rotate
+
+        def die_at_the_end(run, limit, keep):
+            if STEPS in state.checkpoints(run):
+                raise KeyboardInterrupt
+            rotate(run, limit, keep)
+
+        patch.setattr(state, "rotate", die_at_the_end)
+        with pytest.raises(KeyboardInterrupt):
+            train(path)
+    assert list(state.checkpoints(tmp_path / "run")) == [4, 6, 7]
+    train(path, resume=True)
+    assert list(state.checkpoints(tmp_path / "run")) == [6, 7] == list(state.checkpoints(tmp_path / "whole"))
+    assert_same(tmp_path / "run", tmp_path / "whole")
 
 
 def test_killed_before_the_first_checkpoint(stopping_recipe, train, whole, tmp_path):
