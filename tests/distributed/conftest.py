@@ -53,10 +53,10 @@ class Workplace:
         path.write_text(json.dumps(values))
         return path
 
-    def job(self, name, recipe, *overrides, resume=False, in_chunks=False):
-        """Returns what a worker is to train: `recipe`, into the folder `name`; the loss by two tokens `in_chunks`."""
+    def job(self, name, recipe, *overrides, resume=False, under=None):
+        """Returns what a worker is to train: `recipe`, into the folder `name`, `under` one of its circumstances."""
         changes = [f"output_dir={self.folder / name}", *overrides]
-        return {"recipe": str(recipe), "overrides": changes, "resume": resume, "in_chunks": in_chunks}
+        return {"recipe": str(recipe), "overrides": changes, "resume": resume, "under": under}
 
     def alone(self, jobs):
         """Does the jobs in this process."""

@@ -28,11 +28,6 @@ SETTINGS = {
 CASES = [(name, base, "sgd") for name in NAMES for base in ("fp32", "nf4") if base == "fp32" or name in QUANTISED]
 CASES += [("full", "fp32", "adamw")]  # whose optimizer's state is spread too
 CASES += [(name, base, "adamw") for name in QUANTISED for base in ("fp32", "nf4")]
-FURTHER = {
-    "accumulated": ["training.gradient_accumulation_steps=2"],
-    "checkpointed": ["training.gradient_checkpointing=true"],
-    "dropout is drawn, not shared": ["method.dropout=0.5"],
-}
 
 
 def fields_of(name):
@@ -52,24 +47,6 @@ def runs(workplace):
         for strategy in STRATEGIES:
             halves = ["training.per_device_train_batch_size=2", f"distributed.strategy={strategy}"]
             together.append(workplace.job(f"{name}-{base}-{optimizer}-{strategy}", path, *own, *halves))
-    path = workplace.recipe("further", fields_of("lora"), optim="sgd", learning_rate=0.3)
-    alone.append(workplace.job("further-one", path))
-    for label, changes in FURTHER.items():
-        size = 1 if "accumulated" in label else 2
-        for strategy in STRATEGIES:
-            halves = [f"training.per_device_train_batch_size={size}", f"distributed.strategy={strategy}"]
-            together.append(workplace.job(f"further-{label}-{strategy}", path, *halves, *changes))
-    packing = ["data.packing=true", "data.max_length=24"]
-    alone.append(workplace.job("packed-one", path, *packing))
-    for strategy in STRATEGIES:
-        halves = ["training.per_device_train_batch_size=2", f"distributed.strategy={strategy}"]
-        together.append(workplace.job(f"packed-{strategy}", path, *halves, *packing))
-        together.append(workplace.job(f"cached-{strategy}", path, *halves, "data.cache=true"))
-    for strategy in STRATEGIES:  # a process of the two has more chunks than the other
-        halves = ["training.per_device_train_batch_size=2", f"distributed.strategy={strategy}"]
-        together.append(workplace.job(f"chunked-{strategy}", path, *halves, in_chunks=True))
-        together.append(workplace.job(f"chunked-{strategy}-nf4", path, *halves, NF4, in_chunks=True))
-    alone.append(workplace.job("further-one-nf4", path, NF4))
     workplace.alone(alone)
     workplace.together(together)
     return workplace
@@ -109,41 +86,6 @@ def test_they_say_the_same_on_the_way(name, strategy, runs):
     assert facts[0]["result"]["supervised_tokens"] == facts[1]["result"]["supervised_tokens"]
     assert [fact["processes"] for fact in facts] == [1, 2]
     assert facts[0]["parameters"] == facts[1]["parameters"]
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("label", ["accumulated", "checkpointed"])
-def test_however_a_step_is_cut_up(label, strategy, runs):
-    assert furthest(runs.adapter("further-one"), runs.adapter(f"further-{label}-{strategy}")) <= SAME_ON_RANKS
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("base", ["", "-nf4"])
-def test_with_the_heads_logits_in_chunks(base, strategy, runs):
-    assert furthest(runs.adapter(f"further-one{base}"), runs.adapter(f"chunked-{strategy}{base}")) <= SAME_ON_RANKS
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_packs_are_shared_out(strategy, runs):
-    one, two = runs.manifest("packed-one"), runs.manifest(f"packed-{strategy}")
-    assert furthest(runs.adapter("packed-one"), runs.adapter(f"packed-{strategy}")) <= SAME_ON_RANKS
-    assert one["result"]["supervised_tokens"] == two["result"]["supervised_tokens"]
-    plain = runs.manifest("further-one")  # of which a step holds fewer samples
-    assert one["result"]["supervised_tokens"] > 1.5 * plain["result"]["supervised_tokens"]
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_encoded_data_is_shared_through_the_cache(strategy, runs):
-    assert furthest(runs.adapter("further-one"), runs.adapter(f"cached-{strategy}")) <= SAME_ON_RANKS
-    kept = [path.name for path in (runs.folder / "cache/peftcli/data").iterdir() if path.name != ".locks"]
-    assert len(kept) == 2  # training and evaluation data, of all runs and processes
-
-
-def test_processes_draw_noise_of_their_own(runs):
-    label = "dropout is drawn, not shared"
-    ddp, fsdp2 = (runs.adapter(f"further-{label}-{strategy}") for strategy in STRATEGIES)
-    assert furthest(ddp, fsdp2) <= SAME_ON_RANKS
-    assert furthest(runs.adapter("further-one"), ddp) > 100 * SAME_ON_RANKS
 
 
 class TestCheckpointsOfAnyNumber:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -14,7 +15,7 @@ from peftcli.ops import cross_entropy
 from peftcli.reporting import Silent
 from peftcli.run.folder import TrainOptions
 from peftcli.run.training import train
-from peftcli.training import distributed, head
+from peftcli.training import compiling, distributed, head
 from tests.conftest import reset_accelerate
 
 
@@ -23,8 +24,13 @@ def main(jobs):
     for job in json.loads(Path(jobs).read_text()):
         reset_accelerate()
         loaded = recipe.load(Path(job["recipe"]), job["overrides"])
-        with chunks_of_two_tokens() if job.get("in_chunks") else contextlib.nullcontext():
+        with CIRCUMSTANCES[job.get("under")]():
             train(loaded, TrainOptions("cpu", resume=job["resume"]), Silent(), lambda _: None)
+
+
+def traced_alone():
+    """Has the code of layers traced and taken apart, without what it takes longest to make: machine code."""
+    return patch.object(compiling, "compile_layers", partial(compiling.compile_layers, backend="eager"))
 
 
 def chunks_of_two_tokens():
@@ -33,6 +39,9 @@ def chunks_of_two_tokens():
     stack.enter_context(patch.object(cross_entropy, "FEWEST_ROWS", 2))
     stack.enter_context(patch.object(head, "CHUNK_BYTES", 1))
     return stack
+
+
+CIRCUMSTANCES = {None: contextlib.nullcontext, "chunks": chunks_of_two_tokens, "traced": traced_alone}
 
 
 if __name__ == "__main__":
