@@ -124,25 +124,3 @@ def require_plain(name: object) -> None:
     """Raises a HeaderError where `name` is not that of a safetensors file beside the one that names it."""
     if not isinstance(name, str) or not name.endswith(SUFFIX) or not name.isprintable() or set(name) & set("/\\"):
         raise HeaderError(f"it names {str(name)[:80]!r}, which is not a safetensors file in its folder")
-
-
-def check_weights(folder: Path) -> None:
-    """Checks index and headers of a model's folder, where it has any.
-
-    Raises:
-        OSError: A file cannot be read.
-        HeaderError: One is no safetensors file, or not one that an honest program writes; it is named.
-    """
-    index = folder / INDEX_FILE
-    try:
-        names = [SINGLE_FILE] if (folder / SINGLE_FILE).is_file() else []
-        if not names and index.is_file():
-            names = sorted(set(read_index(index).values()))
-    except HeaderError as error:
-        raise HeaderError(f"{INDEX_FILE}: {error}") from None
-    for name in names:
-        try:
-            if (folder / name).is_file():  # what is missing is for the loader to say
-                read(folder / name)
-        except HeaderError as error:
-            raise HeaderError(f"{name}: {error}") from None

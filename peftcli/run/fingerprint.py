@@ -30,8 +30,14 @@ def fingerprint(base: Base) -> str | None:
 
     Returns:
         The digest, or None where the files are not on this machine.
+
+    Raises:
+        ModelError: A file is damaged.
     """
-    paths = models.weight_files(base.source)
+    try:
+        paths = models.weight_files(base.source)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"the files of {base.section.name}: {error}", hint="get the model's files again") from error
     if not paths:
         return None
     if base.section.gguf_file is not None:

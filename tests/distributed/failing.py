@@ -16,8 +16,11 @@ from peftcli.training.loop import Trainer
 RANK = int(os.environ.get("RANK", "0"))
 
 
-def fail(how):
+def fail(how, task):
     """Fails, or waits to be told to stop."""
+    if how == "not finite":
+        objective = task.objective
+        object.__setattr__(task, "objective", lambda model, batch: objective(model, batch) * float("nan"))
     if how == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "refused":
@@ -35,7 +38,7 @@ def watched(self, original=Trainer._step):
     """Stands in for `Trainer._step`."""
     if self.progress.step == int(os.environ["AT"]):
         if RANK == 1:
-            fail(os.environ["FAILURE"])
+            fail(os.environ["FAILURE"], self.task)
         if os.environ["FAILURE"] == "waits":  # for a signal, in the middle of a step
             Path("waiting").write_text("")
             time.sleep(1.5)

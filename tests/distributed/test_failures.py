@@ -80,10 +80,15 @@ def whole(workplace):
     return workplace.adapter("whole")
 
 
+KILLED = "process 1 of the run was killed by SIGKILL"
+NOT_FINITE = "step 8: the loss is nan; the step was not applied"
+
+
 @pytest.mark.parametrize(
     ("failure", "code", "reason"),
     [
-        ("killed", 6, "process 1 of the run was killed by SIGKILL"),
+        ("killed", 6, KILLED),
+        ("not finite", 5, NOT_FINITE),
         ("refused", 3, "row 7 is not what it seemed"),
         ("a bug", 1, "this is a bug in peftcli: ZeroDivisionError('in one process')"),
         ("gone", 6, "a process of the run ended before its work was done and said nothing"),
@@ -97,6 +102,17 @@ def test_one_process_fails(failure, code, reason, workplace, whole):
     assert reason in said
     assert "Traceback" not in said
     assert "hint:" in said
+    assert seconds < SOON
+    assert furthest(run.goes_on(), whole) <= SAME_ON_RANKS
+
+
+@pytest.mark.parametrize(("failure", "code", "reason"), [("killed", 6, KILLED), ("not finite", 5, NOT_FINITE)])
+def test_one_process_fails_that_has_half_of_the_base(failure, code, reason, workplace, whole):
+    """The other one may be waiting for its half of a layer."""
+    run = Run(workplace, f"{failure.replace(' ', '-')}-fsdp2", failure, 7, "distributed.strategy=fsdp2")
+    found, said, seconds = run.ended()
+    assert (found, said.count("error:")) == (code, 1), said
+    assert reason in " ".join(said.split())
     assert seconds < SOON
     assert furthest(run.goes_on(), whole) <= SAME_ON_RANKS
 

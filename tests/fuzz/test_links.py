@@ -146,10 +146,11 @@ def test_a_seal_that_says_what_none_does(lie, tmp_path):
 )
 def test_an_index_names_files_of_its_folder(name, tmp_path):
     from peftcli import headers
+    from peftcli.models.source import ModelSource, check_weights
 
     files.write_json(tmp_path / headers.INDEX_FILE, {"weight_map": {"a.weight": name}})
     with pytest.raises(headers.HeaderError, match="not a safetensors file in its folder"):
-        headers.check_weights(tmp_path)
+        check_weights(ModelSource(str(tmp_path), True, {}))
     from peftcli.merge.stored import base_entries
 
     with pytest.raises(ModelError, match="not a safetensors file in its folder"):
