@@ -23,12 +23,8 @@ TASK_CLASSES = {
     "image-classification": "AutoModelForImageClassification",
 }
 """The transformers class of each `model.task`."""
-
-
 LANGUAGE_TASKS = ("causal-lm", "seq2seq-lm")
 """Tasks whose models come whole: their head is part of what was pretrained."""
-
-
 PROBLEM_TYPES: dict[str, Any] = {
     "single-label": "single_label_classification",
     "multi-label": "multi_label_classification",

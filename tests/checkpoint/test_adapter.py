@@ -9,7 +9,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from peftcli import files, inject
-from peftcli.checkpoint import adapter as adapter_files
 from peftcli.checkpoint.adapter import BASE_PREFIX, CONFIG_FILE, WEIGHTS_FILE, attach, read_adapter, save_adapter
 from peftcli.checkpoint.seal import SEAL_FILE
 from peftcli.errors import HostError, ModelError, NumericalError
@@ -378,7 +377,7 @@ def test_a_write_that_went_wrong_is_noticed(make_model, tmp_path, monkeypatch):
     def damaging(path, tensors, metadata=None):
         honest(path, {**tensors, A_KEY: tensors[A_KEY] + 1e-7}, metadata)
 
-    monkeypatch.setattr(adapter_files.files, "write_safetensors", damaging)
+    monkeypatch.setattr(files, "write_safetensors", damaging)
     with pytest.raises(ModelError, match="differs from the adapter in memory"):
         write(tmp_path / "a", make_model())
 
@@ -409,7 +408,7 @@ def test_a_config_that_went_wrong_is_noticed(make_model, tmp_path, monkeypatch):
     def damaging(path, fields):
         honest(path, {**fields, "lora_alpha": 7} if path.name == CONFIG_FILE else fields)
 
-    monkeypatch.setattr(adapter_files.files, "write_json", damaging)
+    monkeypatch.setattr(files, "write_json", damaging)
     with pytest.raises(ModelError, match=r"lora_alpha was 6\.0, is 7, a moment ago"):
         write(tmp_path / "a", make_model())
 
