@@ -9,7 +9,7 @@ from peftcli import methods, sharding
 from peftcli.errors import HostError, ModelError
 from peftcli.training import compiling
 from tests.methods.building import adapt, assert_close, loss_of, packed, randomise, trainable
-from tests.tolerances import EXACT, LOSS
+from tests.tolerances import EXACT, HALF, LOSS
 
 # torch's own: its compiler looks at what comes into a layer.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
@@ -103,6 +103,18 @@ def test_on_a_packed_base(kind, make_model):
     ids = torch.randint(2, 128, (3, 7))
     expected, watch = gradients(model, ids), compiled(model)
     assert_same(gradients(model, ids), expected, EXACT[torch.float32])
+    assert watch.failure(1) is None
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "vera", "hydralora"])
+def test_in_mixed_precision(name, make_model):
+    """Autocast decides while the code is traced, and adapters stay in float32."""
+    model, ids = in_a_model(name, make_model), torch.randint(2, 128, (3, 7))
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, watch = gradients(model, ids), compiled(model)
+        found = gradients(model, ids)
+    assert_same(found, expected, 2 * HALF[torch.bfloat16])  # both are that far from the exact one
+    assert {gradient.dtype for gradient in found[1].values()} == {torch.float32}
     assert watch.failure(1) is None
 
 
