@@ -9,7 +9,7 @@ from peftcli import methods, sharding
 from peftcli.errors import HostError, ModelError
 from peftcli.training import compiling
 from tests.methods.building import adapt, assert_close, loss_of, packed, randomise, trainable
-from tests.tolerances import EXACT, HALF, LOSS
+from tests.tolerances import EXACT, LOSS
 
 # torch's own: its compiler looks at what comes into a layer.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
@@ -38,6 +38,11 @@ def assert_same(found, expected, tolerance):
     assert_close(found[0], expected[0], tolerance)
     for name, gradient in found[1].items():
         assert_close(gradient, expected[1][name], tolerance)
+
+
+def worst(found, exact):
+    """Returns the largest error of any gradient, relative to the largest number in it."""
+    return max(float((found[name] - exact[name]).abs().max() / exact[name].abs().max()) for name in exact)
 
 
 def compiled(model, backend=FRONT_END, **options):
@@ -108,13 +113,14 @@ def test_on_a_packed_base(kind, make_model):
 
 @pytest.mark.parametrize("name", ["lora", "dora", "vera", "hydralora"])
 def test_in_mixed_precision(name, make_model):
-    """Autocast decides while the code is traced, and adapters stay in float32."""
+    """Autocast decides while the code is traced; what is rounded in another order is not further from exact."""
     model, ids = in_a_model(name, make_model), torch.randint(2, 128, (3, 7))
+    exact = gradients(model, ids)[1]
     with torch.autocast("cpu", torch.bfloat16):
-        expected, watch = gradients(model, ids), compiled(model)
-        found = gradients(model, ids)
-    assert_same(found, expected, 2 * HALF[torch.bfloat16])  # both are that far from the exact one
-    assert {gradient.dtype for gradient in found[1].values()} == {torch.float32}
+        (_, eager), watch = gradients(model, ids), compiled(model)
+        _, found = gradients(model, ids)
+    assert 0 < worst(found, exact) <= 2 * worst(eager, exact)
+    assert {gradient.dtype for gradient in found.values()} == {torch.float32}
     assert watch.failure(1) is None
 
 
