@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ class Progress:
         data: The fingerprint of the training samples.
         samples_per_step: Training samples of one optimizer step, over all processes.
         meter: What the next log will average: the sums of the steps since the last one.
+        computed_on: What decided how the last steps were rounded.
     """
 
     step: int = 0
@@ -59,6 +60,7 @@ class Progress:
     data: str = ""
     samples_per_step: int = 0
     meter: dict[str, Any] | None = None
+    computed_on: dict[str, Any] = field(default_factory=dict)
 
 
 def folder_of(run: Path, step: int) -> Path:

@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -253,6 +254,20 @@ def losses_explained(timeout: int) -> Iterator[None]:
         raise
 
 
+def circumstances(group: Processes) -> dict[str, Any]:
+    """Returns what decides how results are rounded: on a CPU, the same of these give the same bits.
+
+    A GPU adds some sums in any order, so there they give the same only to within rounding, as other circumstances do.
+    """
+    device = group.device
+    if device.type == "cpu":
+        where = {"device": f"cpu, {torch.backends.cpu.get_cpu_capability()}", "threads": torch.get_num_threads()}
+    else:
+        where = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type}
+    versions = {package: version(package) for package in ("torch", "transformers")}
+    return {**where, "processes": group.count, **versions, "same_bits": device.type == "cpu"}
+
+
 def facts(group: Processes) -> dict[str, Any]:
     """Returns what a run's manifest says of its processes."""
-    return {"processes": group.count, "backend": group.backend}
+    return {"processes": group.count, "backend": group.backend, "computed_on": circumstances(group)}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from peftcli.checkpoint.adapter import trained_beside
 from peftcli.checkpoint.state import Progress
 from peftcli.errors import DataError, Interrupted, NumericalError
 from peftcli.training import checks, compiling, logs, loss, offloading, optimizers, schedule
+from peftcli.training.distributed import Processes, circumstances
 from peftcli.training.meter import Meter
 from peftcli.training.signals import StopRequest
 
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from peftcli.data.sampling import Plan
     from peftcli.recipe import TrainingSection
     from peftcli.reporting import Metrics, Reporter
-    from peftcli.training.distributed import Processes
     from peftcli.training.logs import MetricsLog, TensorBoardLog
     from peftcli.training.objectives import Objective
 
@@ -110,7 +110,11 @@ class Trainer:
         )
         for fact in optimizers.optimizer_facts(task.settings.optim, self.parameters.values()):
             task.reporter.note(fact)
-        self.progress = Progress(data=task.batcher.dataset.fingerprint, samples_per_step=task.plan.samples_per_step)
+        self.progress = Progress(
+            data=task.batcher.dataset.fingerprint,
+            samples_per_step=task.plan.samples_per_step,
+            computed_on=circumstances(processes),
+        )
         self.is_spread = any(sharding.is_spread(parameter) for parameter in self.parameters.values())
         self.total = schedule.total_steps(task.settings, task.plan.steps_per_epoch)
         self.factor = schedule.learning_rate_schedule(task.settings, self.total)
@@ -135,6 +139,8 @@ class Trainer:
                 f"data.train: it has changed since {self.task.run} was started with it",
                 hint="put the old data back, or start a new run with output_dir=DIR",
             )
+        self._note_other_circumstances(found.computed_on)
+        found.computed_on = self.progress.computed_on
         self.progress = found
         if found.meter is not None:
             self.meter.restore(found.meter)
@@ -144,6 +150,16 @@ class Trainer:
             else:
                 self.last_log = metrics
         self._rotate()  # what was killed between saving its last step and this leaves one checkpoint too many
+
+    def _note_other_circumstances(self, before: Mapping[str, Any]) -> None:
+        """Says where the remaining steps will be rounded otherwise than those that were done."""
+        now = self.progress.computed_on
+        changed = [f"{name} {then}, now {now[name]}" for name, then in before.items() if now.get(name, then) != then]
+        if changed:
+            self.task.reporter.note(
+                f"resuming under other circumstances ({'; '.join(changed)}): what follows is the same run to within "
+                "rounding, not to the bit"
+            )
 
     def run(self) -> Result:
         """Trains to the end.

@@ -13,7 +13,7 @@ LIMIT = 6_000
 """Bytes: enough for a recipe and a lock, too little for a checkpoint."""
 
 
-def run_cli(*arguments, limit=None):
+def run_cli(*arguments, limit=None, **environment):
     def set_limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
@@ -22,6 +22,7 @@ def run_cli(*arguments, limit=None):
         capture_output=True,
         text=True,
         check=False,
+        env={**os.environ, **environment},
         preexec_fn=None if limit is None else set_limit,
     )
 
@@ -73,6 +74,30 @@ def test_a_full_disk_ends_a_run_that_can_go_on_with_space(recipe_file, train, tm
     ballast.unlink()
     train(path, f"output_dir={run}", resume=True)
     assert_same_adapter(run, tmp_path / "whole")
+
+
+def test_on_a_read_only_disk_nothing_is_begun_and_everything_can_be_read(recipe_file, train, tmp_path, small_disk):
+    path = recipe_file(training={"max_steps": 2})
+    train(path, f"output_dir={small_disk / 'run'}")
+    (small_disk / "cache").mkdir()
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    for command in (
+        ["train", path, f"output_dir={small_disk / 'new'}"],
+        ["train", path, f"output_dir={small_disk / 'run'}", "--resume"],
+        ["merge", small_disk / "run"],
+    ):
+        done = run_cli(*command)
+        assert done.returncode == 6, done.stderr
+        assert "Read-only file system" in done.stderr
+        assert "loading the base model" not in done.stderr
+        assert done.stderr.count("hint:") == 1
+    caches = {"XDG_CACHE_HOME": str(small_disk / "cache"), "HF_HOME": str(small_disk / "cache")}
+    for command in (["eval", small_disk / "run"], ["generate", small_disk / "run", "the cat"]):
+        done = run_cli(*command, **caches)
+        assert done.returncode == 0, done.stderr
+    done = run_cli("train", path, "data.cache=true", **caches)
+    assert done.returncode == 0, done.stderr
+    assert "Read-only file system" in done.stderr  # and the data is encoded all the same
 
 
 def test_of_ten_that_want_one_folder_one_gets_it(tmp_path):

@@ -10,6 +10,7 @@ from typing import get_args
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from peftcli.checkpoint import state
@@ -59,7 +60,8 @@ def whole(whole_runs, train):
 
 def interrupt(train, path, *overrides, at, number=signal.SIGTERM, **options):
     """Trains until this process gets a signal after step `at`; returns the error that ended it."""
-    recorder = Recorder(lambda step: os.kill(os.getpid(), number) if step == at else None)
+    recorder = options.pop("reporter", Recorder())
+    recorder.on_step = lambda step: os.kill(os.getpid(), number) if step == at else None
     with pytest.raises(Interrupted) as caught:
         train(path, *overrides, reporter=recorder, **options)
     return caught.value
@@ -325,6 +327,31 @@ def test_resuming_from_the_runs_own_recipe_in_another_folder(stopping_recipe, tr
     monkeypatch.chdir(tmp_path / "elsewhere")
     train(tmp_path / "run" / "recipe.yaml", resume=True)
     assert_same(tmp_path / "run", whole(path), log=False)
+
+
+def test_it_says_where_it_cannot_be_the_same_to_the_bit(stopping_recipe, train, tmp_path):
+    """Another number of threads rounds sums in another order."""
+    path = stopping_recipe()
+    interrupt(train, path, at=3)
+    recorder, threads = Recorder(), torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        interrupt(train, path, at=5, resume=True, reporter=recorder)
+    finally:
+        torch.set_num_threads(threads)
+    said = f"resuming under other circumstances (threads {threads}, now {threads + 1}): what follows is the same run"
+    assert [note for note in recorder.notes if "circumstances" in note] == [
+        f"{said} to within rounding, not to the bit"
+    ]
+    manifest = train(path, "output_dir=whole")
+    assert manifest["computed_on"] == {
+        "device": f"cpu, {torch.backends.cpu.get_cpu_capability()}",
+        "threads": threads,
+        "processes": 1,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "same_bits": True,
+    }
 
 
 def test_nothing_to_resume(stopping_recipe, train, tmp_path):
