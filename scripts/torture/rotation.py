@@ -6,6 +6,7 @@ gone, nor the best, nor the one just written, nor one of an older run be taken f
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -126,7 +127,9 @@ class _Life:
         missing = self._needed() - state.checkpoints(self._folder).keys()
         self._look()
         kept = len(self.whole.keys() | self.damaged)
-        if missing or (self.limit is not None and kept > self.limit + len(self.whole) * self.keeps_best):
+        # Beside the newest ones the best, and what the newest ones knew as the best, which may be another each.
+        most = math.inf if self.limit is None else self.limit + (1 + self.limit) * self.keeps_best
+        if missing or kept > most:
             return f"{sorted(missing)} are gone, and {kept} are kept, after step {self.progress.step}"
         return ""
 
