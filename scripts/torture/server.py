@@ -113,6 +113,16 @@ def _wait(child: int, until: float) -> int | None:
         time.sleep(min(left, 0.002))
 
 
+def _settle_threads() -> None:
+    """Has torch replace its pool of threads, which a fork leaves without threads, while there is one thread alone.
+
+    It does so when it next needs the pool; two threads that need it at once, as transformers' loading has, can find
+    none and fail an assertion.
+    """
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(torch.get_num_threads())
+
+
 def _become(
     arguments: Sequence[str],
     folder: Path,
@@ -129,6 +139,7 @@ def _become(
         sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
         sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
         sys.argv = ["peftcli", *arguments]
+        _settle_threads()
         if before is not None:
             before()
         from peftcli.cli.main import main
