@@ -3,6 +3,8 @@
 The rows and steps are those of `test_same_adapter`, which holds the methods and the bases against each other.
 """
 
+import shutil
+
 import pytest
 
 from tests.distributed.conftest import furthest
@@ -27,6 +29,16 @@ SAME = {
 }
 PACKING = ["data.packing=true", "data.max_length=24"]
 DROPOUT = "method.dropout=0.5"
+ADAMW = ["training.learning_rate=0.002", DROPOUT]
+RESUMED = {
+    "accumulated": [
+        *("training.optim=adamw", "training.per_device_train_batch_size=1", "training.gradient_accumulation_steps=2"),
+        *ADAMW,
+    ],
+    "on NF4, in 8 bits": ["training.optim=adamw_8bit", NF4, *ADAMW],
+    "packs": ["training.optim=adamw", *PACKING, *ADAMW],
+}
+"""Runs that have something to lose: moments, noise, the place within a step and within the packs of an epoch."""
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +60,8 @@ def runs(workplace):
             together.append(workplace.job(f"{label}-{strategy}", path, *halves, *changes, under=under))
         together.append(workplace.job(f"packed-{strategy}", path, *halves, *PACKING))
         together.append(workplace.job(f"dropout-{strategy}", path, *halves, DROPOUT))
+        for label, changes in RESUMED.items():
+            together.append(workplace.job(f"{label}-{strategy}", path, *halves, *changes))
     workplace.together(together)
     return workplace
 
@@ -77,3 +91,31 @@ def test_processes_draw_noise_of_their_own(runs):
     ddp, fsdp2 = (runs.adapter(f"dropout-{strategy}") for strategy in STRATEGIES)
     assert furthest(ddp, fsdp2) <= SAME_ON_RANKS
     assert furthest(runs.adapter("one"), ddp) > 100 * SAME_ON_RANKS
+
+
+class TestResuming:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def resumed(cls, runs):
+        """The same runs once more, from their sixth step to the end."""
+        jobs = []
+        for strategy in STRATEGIES:
+            halves = ["training.per_device_train_batch_size=2", f"distributed.strategy={strategy}"]
+            for label, changes in RESUMED.items():
+                target = f"{label}-{strategy}-again"
+                shutil.copytree(runs.folder / f"{label}-{strategy}", runs.folder / target)
+                shutil.rmtree(runs.folder / target / "checkpoint-12")
+                path = runs.folder / "recipe.yaml"
+                jobs.append(runs.job(target, path, *halves, *changes, resume=True))
+        runs.together(jobs)
+        return runs
+
+    @pytest.mark.parametrize("strategy", STRATEGIES)
+    @pytest.mark.parametrize("label", RESUMED)
+    def test_two_processes_end_with_the_same_bits(self, label, strategy, resumed):
+        through, again = (resumed.folder / f"{label}-{strategy}{end}" for end in ("", "-again"))
+        for file in ("adapter_model.safetensors", "checkpoint-12/optimizer.safetensors"):
+            assert (again / file).read_bytes() == (through / file).read_bytes(), file
+        assert (through / "adapter_model.safetensors").read_bytes() != (
+            through / "checkpoint-6" / "adapter_model.safetensors"
+        ).read_bytes()
