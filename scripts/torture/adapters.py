@@ -156,5 +156,5 @@ KINDS: dict[str, Callable[[Seed, Random], Seed]] = {
     "configuration": _config_mutant,
     "header": _weights_mutant,
     "numbers": _payload_mutant,
-    "manifest": _seal_mutant,
+    "seal": _seal_mutant,
 }
