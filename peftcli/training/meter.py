@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import re
 import resource
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,5 +74,17 @@ def peak_memory_gb() -> float:
     """Returns the most memory used so far in GB: on the accelerator where there is one, else by this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
+    return peak_host_bytes() / 1e9
+
+
+def peak_host_bytes() -> int:
+    """Returns the most of the host's memory that this process has held.
+
+    Linux counts in `getrusage` what the program held that started this one, too, so it is asked otherwise.
+    """
+    with contextlib.suppress(OSError):
+        found = re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"), re.MULTILINE)
+        if found:
+            return int(found[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+    return peak * (1 if sys.platform == "darwin" else 1024)

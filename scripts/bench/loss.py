@@ -7,7 +7,6 @@ process; memory is what a process of its own holds, at most, beside the head, th
 from __future__ import annotations
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -36,7 +35,7 @@ def run(options: Options) -> list[Table]:
     """Returns seconds and peaks of both ways for every case."""
     cases = SMOKE if options.smoke else CASES
     rows: dict[str, dict[str, Cell]] = {}
-    for name, sizes in cases.items():  # before this process grows: those that it starts begin with its peak
+    for name, sizes in cases.items():
         rows[name] = {f"{way} MB": peak(way, sizes, options.threads) for way in ways_for(sizes)}
     for name, sizes in cases.items():
         ways, row = ways_for(sizes), rows[name]
@@ -90,12 +89,14 @@ def measure(way: str, num_tokens: int, vocabulary: int, width: int, threads: int
     """Returns by how much, in MB, one pass raises the most memory that this process has held."""
     import torch
 
+    from peftcli.training.meter import peak_host_bytes
+
     torch.set_num_threads(threads)
     prepared(way, 2, 100, 8)()  # whatever a first pass loads
     step = prepared(way, num_tokens, vocabulary, width)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_host_bytes()
     step()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e6
+    return (peak_host_bytes() - before) / 1e6
 
 
 if __name__ == "__main__":

@@ -31,6 +31,12 @@ def test_every_part_is_a_module():
     assert set(PARTS) <= modules
 
 
+def test_no_script_hides_a_module_of_pythons_own():
+    """A worker's folder comes first where Python looks for modules."""
+    names = {path.stem for path in (REPOSITORY / "scripts").rglob("*.py")}
+    assert not names & sys.stdlib_module_names - {"__main__"}
+
+
 def test_an_unknown_part_is_refused_by_name():
     done = bench("end_to_ent")
     assert done.returncode == 2

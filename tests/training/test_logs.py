@@ -1,6 +1,7 @@
 """What stays of a run's metrics, and what they are averages of."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -109,3 +110,14 @@ def test_memory_is_measured_in_gigabytes():
     held = bytearray(300_000_000)
     held[::4096] = b"x" * len(held[::4096])
     assert 0.3 < peak_memory_gb() < 50
+
+
+def test_what_started_a_process_is_not_in_its_peak():
+    """A notebook with a gigabyte in it starts a small run."""
+    child = "from peftcli.training.meter import peak_host_bytes; print(peak_host_bytes())"
+    parent = (
+        "import subprocess, sys\nheld = b'1' * 1_500_000_000\n"
+        f"print(subprocess.run([sys.executable, '-c', {child!r}], capture_output=True, text=True, check=True).stdout)"
+    )
+    done = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True)
+    assert 50e6 < int(done.stdout) < 1.2e9

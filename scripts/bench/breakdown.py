@@ -32,7 +32,7 @@ def run(options: Options) -> list[Table]:
     model = methods.with_inputs_that_need_a_gradient(methods.llama(small=options.smoke))
     rows: dict[str, dict[str, Cell]] = {methods.FLOOR: _profiled(methods.frozen(copy.deepcopy(model)), ids, steps)}
     for name in methods.OURS:
-        timing.log(f"profile of {name}")
+        timing.log(f"breakdown of {name}")
         targets = r".*[qv]_proj" if name == "vera" else methods.ALL_LINEAR
         adapted = methods.ours(name, targets)(copy.deepcopy(model))
         rows[name] = _profiled(adapted, ids, steps, OWN_SIZES.get(name, frozenset({16})))
