@@ -18,7 +18,8 @@ from peftcli.errors import HostError, ModelError
 from peftcli.training import zero
 from peftcli.training.zero_settings import ZeroSettings
 from tests.distributed.conftest import ROOT, environment, furthest
-from tests.distributed.test_same_adapter import FURTHER, NAMES, NF4, SETTINGS, TOLERANCE, fields_of
+from tests.distributed.test_same_adapter import NAMES, NF4, SETTINGS, TOLERANCE, fields_of
+from tests.distributed.test_same_settings import DROPOUT, RECOMPUTED
 from tests.tolerances import SAME_ON_RANKS
 
 needs_deepspeed = pytest.mark.skipif(
@@ -29,6 +30,11 @@ MIXED = ("bitfit", "full")
 CASES = [(name, "fp32", "sgd") for name in NAMES if name not in MIXED]
 CASES += [(name, "nf4", "sgd") for name in ("lora", "dora", "vera", "prompt")]
 CASES += [("lora", "fp32", "adamw"), ("lora", "nf4", "adamw")]
+FURTHER = {
+    "accumulated": ["training.gradient_accumulation_steps=2"],
+    "checkpointed": [RECOMPUTED],
+    "dropout": [DROPOUT],
+}
 AT_ONCE = {
     "stage": 3,
     "stage3_param_persistence_threshold": 0,
@@ -92,7 +98,7 @@ def test_however_it_is_done(label, runs):
 
 @needs_deepspeed
 def test_processes_draw_noise_of_their_own(runs):
-    drawn = runs.adapter("further-dropout is drawn, not shared")
+    drawn = runs.adapter("further-dropout")
     assert furthest(runs.adapter("further-one"), drawn) > 100 * SAME_ON_RANKS
 
 
