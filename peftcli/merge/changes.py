@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from peftcli.checkpoint.adapter import BASE_PREFIX, SHARED_PREFIX, Adapter, require_fit
+from peftcli.checkpoint.adapter import BASE_PREFIX, SHARED_PREFIX, Adapter, is_finite, require_fit
 from peftcli.errors import ModelError
 from peftcli.merge.sources import Sources
-from peftcli.merge.stored import is_finite, is_tied
+from peftcli.merge.stored import is_tied
 from peftcli.methods._protocol import Method, Site
 from peftcli.targets import output_head
 

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from peftcli import headers, models
+from peftcli.checkpoint.adapter import is_finite
 from peftcli.errors import ModelError
 from peftcli.headers import INDEX_FILE, SINGLE_FILE
 from peftcli.merge.tensor_file import PART_BYTES
@@ -113,15 +114,6 @@ class Entry:
     def _fill(self, file: Any, view: memoryview) -> None:
         if file.readinto(view) != len(view):
             raise OSError(f"it ends before {self.key} does")
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Returns whether every number is finite, without a second tensor of its size."""
-    if not tensor.numel() or not tensor.is_floating_point():
-        return True
-    if tensor.element_size() == 1:  # few operations know 8-bit floats
-        tensor = tensor.half()
-    return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

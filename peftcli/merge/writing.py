@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from peftcli import files
-from peftcli.checkpoint.adapter import Adapter
+from peftcli.checkpoint.adapter import Adapter, is_finite
 from peftcli.errors import ModelError
 from peftcli.headers import INDEX_FILE, SINGLE_FILE
 from peftcli.merge.changes import Changes
 from peftcli.merge.sources import Sources, form_of, is_float
-from peftcli.merge.stored import DTYPES, base_entries, bytes_of, entries, is_finite, require_all
+from peftcli.merge.stored import DTYPES, base_entries, bytes_of, entries, require_all
 from peftcli.merge.tensor_file import TensorForm, tensor_file
 
 if TYPE_CHECKING:

@@ -96,9 +96,8 @@ def weight_files(source: ModelSource) -> list[Path]:
     Raises:
         HeaderError: The index is none, or names other files than it may.
     """
-    names = _weight_names(source)
-    found = [path for name in names if (path := _find(source, name)) is not None]
-    return found if len(found) == len(names) else []
+    found = _weights(source).values()
+    return [] if None in found else [path for path in found if path is not None]
 
 
 def check_weights(source: ModelSource) -> None:
@@ -110,8 +109,7 @@ def check_weights(source: ModelSource) -> None:
         OSError: A file cannot be read.
         HeaderError: One is no safetensors file, or not one that an honest program writes; it is named.
     """
-    for name in _weight_names(source):
-        path = _find(source, name)
+    for name, path in _weights(source).items():
         if path is None or path.suffix != headers.SUFFIX:
             continue
         try:
@@ -120,18 +118,19 @@ def check_weights(source: ModelSource) -> None:
             raise headers.HeaderError(f"{name}: {error}") from None
 
 
-def _weight_names(source: ModelSource) -> list[str]:
-    """Returns the names of the files with the model's weights, as its index has them; none where it has neither."""
+def _weights(source: ModelSource) -> dict[str, Path | None]:
+    """Returns the files with the model's weights by their names, None for one that is missing; {} for no names."""
     single = source.options.get("gguf_file", headers.SINGLE_FILE)
-    if _find(source, single) is not None:
-        return [single]
+    if (path := _find(source, single)) is not None:
+        return {single: path}
     index = _find(source, headers.INDEX_FILE)
     if index is None:
-        return []
+        return {}
     try:
-        return sorted(set(headers.read_index(index).values()))
+        names = sorted(set(headers.read_index(index).values()))
     except headers.HeaderError as error:
         raise headers.HeaderError(f"{headers.INDEX_FILE}: {error}") from None
+    return {name: _find(source, name) for name in names}
 
 
 def _find(source: ModelSource, name: str) -> Path | None:

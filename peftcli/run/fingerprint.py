@@ -74,11 +74,17 @@ def _digest(rows: list[str]) -> str:
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
 
-def other_base(seal: Seal | None, base: Base) -> list[Problem]:
-    """Returns in what `base` is not the one that `seal` names: nothing where they agree, or one is not known."""
+def other_base(seal: Seal | None, base: Base, known: str | None = None) -> list[Problem]:
+    """Returns in what `base` is not the one that `seal` names: nothing where they agree, or one is not known.
+
+    Args:
+        seal: The seal.
+        base: The base.
+        known: Its fingerprint, where that was taken already.
+    """
     if seal is None or seal.base is None:
         return []
-    now = fingerprint(base)
+    now = known or fingerprint(base)
     if now in (None, seal.base):
         return []
     named = seal.config.get("base_model_name_or_path")
@@ -91,9 +97,9 @@ def other_base(seal: Seal | None, base: Base) -> list[Problem]:
     ]
 
 
-def require_same_base(checkpoint: Path, base: Base) -> None:
-    """Raises a ModelError where `base` is not the one that `checkpoint` was trained on so far."""
-    problems = other_base(seals.read(checkpoint), base)
+def require_same_base(checkpoint: Path, base: Base, known: str | None) -> None:
+    """Raises a ModelError where `base`, of the fingerprint `known`, is not what `checkpoint` was trained on so far."""
+    problems = other_base(seals.read(checkpoint), base, known)
     if problems:
         hint = "put the old base back, or start a new run with output_dir=DIR"
         raise ModelError(f"{checkpoint.name} cannot be resumed: {problems[0].message}", hint=hint)

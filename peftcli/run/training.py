@@ -239,7 +239,7 @@ def _run_loop(job: Job, accelerator: Accelerator, resumed: Path | None, reporter
     with memory.explained(job.model, job.recipe.training, job.group.device, longest_sample(job.data)):
         trainer = Trainer(_task(job, first_step, reporter), accelerator, job.group)
         if resumed is not None:
-            require_same_base(resumed, job.base)
+            require_same_base(resumed, job.base, job.fingerprint)
             trainer.resume(resumed)
         return trainer.run()
 

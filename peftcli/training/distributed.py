@@ -265,9 +265,10 @@ def circumstances(group: Processes) -> dict[str, Any]:
     else:
         where = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type}
     versions = {package: version(package) for package in ("torch", "transformers")}
-    return {**where, "processes": group.count, **versions, "same_bits": device.type == "cpu"}
+    return {**where, "processes": group.count, **versions}
 
 
 def facts(group: Processes) -> dict[str, Any]:
     """Returns what a run's manifest says of its processes."""
-    return {"processes": group.count, "backend": group.backend, "computed_on": circumstances(group)}
+    computed_on = {**circumstances(group), "same_bits": group.device.type == "cpu"}
+    return {"processes": group.count, "backend": group.backend, "computed_on": computed_on}

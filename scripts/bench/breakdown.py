@@ -33,8 +33,7 @@ def run(options: Options) -> list[Table]:
     rows: dict[str, dict[str, Cell]] = {methods.FLOOR: _profiled(methods.frozen(copy.deepcopy(model)), ids, steps)}
     for name in methods.OURS:
         timing.log(f"breakdown of {name}")
-        targets = r".*[qv]_proj" if name == "vera" else methods.ALL_LINEAR
-        adapted = methods.ours(name, targets)(copy.deepcopy(model))
+        adapted = methods.ours(name, methods.targets_of(name))(copy.deepcopy(model))
         rows[name] = _profiled(adapted, ids, steps, OWN_SIZES.get(name, frozenset({16})))
     note = f"Means of {steps} steps under torch's profiler; 2 × 200 tokens, which no other size equals."
     return [Table("Where the time of a step goes", rows, (note,))]

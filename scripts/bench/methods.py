@@ -44,7 +44,7 @@ def run(options: Options) -> list[Table]:
     model = with_inputs_that_need_a_gradient(llama(small=options.smoke))
     rows: dict[str, dict[str, Cell]] = {}
     for name in OURS:  # a few at a time: a contestant is a model of its own
-        targets = r".*[qv]_proj" if name == "vera" else ALL_LINEAR
+        targets = targets_of(name)
         contestants = {FLOOR: frozen, "peftcli": ours(name, targets)}
         if name not in WITHOUT_PEFT:
             contestants["PEFT"] = peft(name, targets)
@@ -57,6 +57,11 @@ def run(options: Options) -> list[Table]:
             rows[name]["peftcli ÷ PEFT"] = timing.ratios(seconds, "PEFT")["peftcli"]
     note = f"Medians over {rounds} interleaved rounds of one step by another in the same round."
     return [Table("A training step by the frozen model's own", rows, (note,))]
+
+
+def targets_of(row: str) -> str:
+    """Returns the modules that the row's method adapts."""
+    return r".*[qv]_proj" if row == "vera" else ALL_LINEAR
 
 
 def llama(num_layers: int = 8, *, small: bool = False) -> torch.nn.Module:

@@ -162,9 +162,11 @@ def test_with_every_optimizer(optim, wide_model, recipe_file, train, tmp_path):
 def test_interrupted_again_and_again(stopping_recipe, train, whole, tmp_path):
     path = stopping_recipe()
     interrupt(train, path, at=1)
+    recorder = Recorder()
     for step in (2, 3, 6):
-        interrupt(train, path, at=step, resume=True)
+        interrupt(train, path, at=step, resume=True, reporter=recorder)
     train(path, resume=True)
+    assert "circumstances" not in " ".join(recorder.notes)
     assert_same(tmp_path / "run", whole(path), log=False)
 
 

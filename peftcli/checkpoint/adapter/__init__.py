@@ -17,6 +17,7 @@ from peftcli.checkpoint.adapter.format import (
     Contents,
     Origin,
     adapter_tensors,
+    is_finite,
 )
 from peftcli.checkpoint.adapter.reading import read_adapter, read_tensors, task_of
 from peftcli.checkpoint.adapter.writing import contents, require_sound, save_adapter, trained_beside, write_contents
@@ -32,6 +33,7 @@ __all__ = [
     "adapter_tensors",
     "attach",
     "contents",
+    "is_finite",
     "load_tensors",
     "read_adapter",
     "read_tensors",

@@ -11,7 +11,6 @@ from peftcli import inject, sharding
 from peftcli.checkpoint.adapter.format import (
     BASE_PREFIX,
     MISREAD,
-    PEFT_HEADS,
     SHARED_PREFIX,
     TOGETHER,
     WEIGHTS_FILE,
@@ -23,6 +22,9 @@ from peftcli.checkpoint.adapter.format import (
 from peftcli.errors import ModelError, PeftcliError, Problem
 from peftcli.methods._protocol import Site
 from peftcli.targets import is_under
+
+PEFT_HEADS = {"classifier", "score"}
+"""What PEFT lists in `modules_to_save` of every labelling model, whichever of them it has."""
 
 
 def attach(model: nn.Module, adapter: Adapter) -> list[Site]:

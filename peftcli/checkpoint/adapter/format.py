@@ -28,15 +28,6 @@ TASK_TYPES = {
     "token-classification": "TOKEN_CLS",
 }
 """PEFT's name of each `model.task` that it has a name for."""
-TARGET_FIELDS = {"target_modules", "exclude_modules", "layers_to_transform", "modules_to_save"}
-FACT_FIELDS = {"peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version"}
-INERT_FIELDS = {"auto_mapping", "fan_in_fan_out", "megatron_core", "qalora_group_size", "runtime_config"}
-"""Fields of PEFT's that change nothing about what an adapter computes once it is trained, whatever their value."""
-PEFT_HEADS = {"classifier", "score"}
-"""What PEFT lists in `modules_to_save` of every labelling model, whichever of them it has."""
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "eva_", "lora_ga", "mica")
-"""Starts of `init_lora_weights` values whose adapters belong to a base that PEFT has altered, not to the one named."""
-AGAIN = "restore it from a backup or a checkpoint, or get the adapter's files again"
 TOGETHER = "adapter_model.safetensors, adapter_config.json and the base model must belong together"
 MISREAD = (TypeError, ValueError, AttributeError, IndexError, OverflowError)
 """What comes of a value of another kind than a method's file has there."""
@@ -136,5 +127,9 @@ def has_targets(method: type[Method]) -> bool:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Returns whether no value of `tensor` is infinite or NaN."""
-    return bool(torch.isfinite(tensor).all())
+    """Returns whether every number is finite, without a second tensor of its size."""
+    if not tensor.numel() or not tensor.is_floating_point():
+        return True
+    if tensor.element_size() == 1:  # few operations know 8-bit floats
+        tensor = tensor.half()
+    return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())

@@ -16,13 +16,8 @@ from torch import Tensor
 from peftcli import headers, methods
 from peftcli.checkpoint import seal as seals
 from peftcli.checkpoint.adapter.format import (
-    AGAIN,
-    CHANGES_BASE,
     CONFIG_FILE,
-    FACT_FIELDS,
-    INERT_FIELDS,
     MISREAD,
-    TARGET_FIELDS,
     TASK_TYPES,
     TOGETHER,
     WEIGHTS_FILE,
@@ -31,6 +26,14 @@ from peftcli.checkpoint.adapter.format import (
 )
 from peftcli.errors import ModelError
 from peftcli.methods._protocol import Method, MethodConfig
+
+TARGET_FIELDS = {"target_modules", "exclude_modules", "layers_to_transform", "modules_to_save"}
+FACT_FIELDS = {"peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version"}
+INERT_FIELDS = {"auto_mapping", "fan_in_fan_out", "megatron_core", "qalora_group_size", "runtime_config"}
+"""Fields of PEFT's that change nothing about what an adapter computes once it is trained, whatever their value."""
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "eva_", "lora_ga", "mica")
+"""Starts of `init_lora_weights` values whose adapters belong to a base that PEFT has altered, not to the one named."""
+_AGAIN = "restore it from a backup or a checkpoint, or get the adapter's files again"
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -63,7 +66,7 @@ def _trained_of(fields: Mapping[str, Any], folder: Path) -> tuple[str, ...]:
     """Returns the modules that were trained in full."""
     found = fields.get("modules_to_save") or ()
     if not isinstance(found, (list, tuple)) or not all(isinstance(name, str) for name in found):
-        raise ModelError(f"{folder / CONFIG_FILE}: modules_to_save is not a list of names", hint=AGAIN)
+        raise ModelError(f"{folder / CONFIG_FILE}: modules_to_save is not a list of names", hint=_AGAIN)
     return tuple(found)
 
 
@@ -88,9 +91,9 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder} is not an adapter: {what}", hint=f"an adapter folder holds {CONFIG_FILE} and {WEIGHTS_FILE}"
         ) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path} cannot be read: {error}", hint=AGAIN) from error
+        raise ModelError(f"{path} cannot be read: {error}", hint=_AGAIN) from error
     if not isinstance(fields, dict):
-        raise ModelError(f"{path} cannot be read: expected a JSON object", hint=AGAIN)
+        raise ModelError(f"{path} cannot be read: expected a JSON object", hint=_AGAIN)
     return fields
 
 
@@ -123,11 +126,11 @@ def _config_of(method: type[Method], fields: Mapping[str, Any], folder: Path) ->
         checked: MethodConfig = config.model_validate({**config.model_dump(), **targets})
     except ValidationError as error:
         first = error.errors()[0]
-        raise ModelError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}", hint=AGAIN) from error
+        raise ModelError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}", hint=_AGAIN) from error
     except KeyError as error:
-        raise ModelError(f"{path}: {error.args[0]} is missing", hint=AGAIN) from error
+        raise ModelError(f"{path}: {error.args[0]} is missing", hint=_AGAIN) from error
     except MISREAD as error:
-        raise ModelError(f"{path} cannot be read: {error}", hint=AGAIN) from error
+        raise ModelError(f"{path} cannot be read: {error}", hint=_AGAIN) from error
     return checked
 
 
@@ -162,7 +165,7 @@ def _tensors_of(folder: Path) -> dict[str, Tensor]:
     path = folder / WEIGHTS_FILE
     if not path.is_file():
         pickled = sorted(file.name for file in folder.glob("*.bin"))
-        hint = f"{pickled[0]} is a pickle and is never read; convert it to safetensors" if pickled else AGAIN
+        hint = f"{pickled[0]} is a pickle and is never read; convert it to safetensors" if pickled else _AGAIN
         raise ModelError(f"{folder} is not an adapter: it has no {WEIGHTS_FILE}", hint=hint)
     return read_tensors(path)
 
@@ -177,4 +180,4 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         headers.read(path)
         return load_file(path)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{path} is damaged: {error}", hint=AGAIN) from error
+        raise ModelError(f"{path} is damaged: {error}", hint=_AGAIN) from error

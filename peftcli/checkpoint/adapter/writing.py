@@ -79,7 +79,7 @@ def require_sound(tensors: Mapping[str, Tensor], what: str) -> None:
         raise ModelError(
             f"{what} cannot be saved: {empty[0]} is empty", hint="this is a bug in peftcli: please report it"
         )
-    wrong = [key for key, tensor in tensors.items() if tensor.is_floating_point() and not is_finite(tensor)]
+    wrong = [key for key, tensor in tensors.items() if not is_finite(tensor)]
     if wrong:
         others = f" and {len(wrong) - 1} other tensors hold" if len(wrong) > 1 else " holds"
         raise NumericalError(
