@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import os
 import sys
 import tempfile
 import traceback
@@ -68,7 +70,7 @@ def main() -> NoReturn:
             sys.stderr.write(redacted(traceback.format_exc()))
         if processes.speaks(error, error.exit_code):
             console.print_error(error)
-        sys.exit(error.exit_code)
+        _leave(error.exit_code)
     except SystemExit as ended:
         if ended.code == EXIT_INTERRUPTED_TWICE:  # Typer's end for Ctrl-C: here outside training, with nothing to save
             console.stderr.print("interrupted")
@@ -79,8 +81,23 @@ def main() -> NoReturn:
         if processes.speaks(None, EXIT_BUG):
             console.stderr.print(f"[bold red]error:[/] this is a bug in peftcli: {console.shown(_save_traceback())}")
             console.stderr.print("\n[bold cyan]hint:[/] report it with that file, which holds the traceback")
-        sys.exit(EXIT_BUG)
+        _leave(EXIT_BUG)
     sys.exit(0)
+
+
+def _leave(exit_code: int) -> NoReturn:
+    """Exits with `exit_code`; one process of several at once, without taking its interpreter down.
+
+    It leaves in the middle of a conversation with the others. The threads that held it are still there, and a C++
+    library that finds its threads alive as it is unloaded aborts the process, which would be another exit code.
+    """
+    place = processes.here()
+    if place.launched and place.count > 1:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):  # nobody may read it any more
+                stream.flush()
+        os._exit(exit_code)
+    sys.exit(exit_code)
 
 
 def _run() -> None:
