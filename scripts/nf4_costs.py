@@ -291,7 +291,8 @@ def stepper(loaded: LoadedRecipe) -> Callable[[int], tuple[float, float]]:
 
     from peftcli import inject
     from peftcli.data.sampling import StepPlan
-    from peftcli.run.opening import check_method, encode_data, make_batcher, read_data
+    from peftcli.run.fitting import check_method
+    from peftcli.run.opening import encode_data, make_batcher, read_data
     from peftcli.training import checks, loss, optimizers
     from peftcli.training.objectives import objective
 

@@ -22,7 +22,7 @@ LAYERS = (
     {"targets"},
     {"sites"},
     {"methods", "ops", "quantization", "architectures"},
-    {"recipe", "reporting", "hub", "processes", "startup", "vetting"},
+    {"recipe", "reporting", "hub", "processes", "startup", "vetting", "locks"},
     {"files", "headers"},
     {"errors", "__init__"},
 )
@@ -52,7 +52,7 @@ ONLY_IN = {
     "datasets": {"data"},
     "yaml": {"recipe"},
 }
-WITHOUT_TORCH = ("cli", "recipe", "errors", "reporting", "files", "processes", "startup", "__main__")
+WITHOUT_TORCH = ("cli", "recipe", "errors", "reporting", "files", "locks", "processes", "startup", "__main__")
 
 
 def part_of(path):

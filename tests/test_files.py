@@ -1,10 +1,7 @@
 import errno
 import json
 import os
-import signal
 import stat
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -329,53 +326,3 @@ def test_clear_temporary_removes_what_a_crash_left_and_nothing_else(tmp_path):
         (tmp_path / name / "file").touch()
     files.clear_temporary(tmp_path, ["recipe.yaml", "manifest.json", "checkpoint-*", "merged"])
     assert names(tmp_path) == sorted([*kept, "merged"])  # which was nowhere else
-
-
-# ---- the lock ----
-
-HOLDER = """
-import sys, time
-from pathlib import Path
-from peftcli import files
-with files.locked(Path(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(60)
-"""
-
-
-@pytest.fixture
-def other_process(tmp_path):
-    """Another process that holds the folder's lock."""
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "held\n"
-    yield process
-    process.kill()
-    process.wait()
-    process.stdout.close()
-
-
-def test_a_folder_is_held_by_one_process_until_that_ends(tmp_path, other_process):
-    with pytest.raises(HostError, match=f"is in use by another run .process {other_process.pid} on "):
-        files.locked(tmp_path).__enter__()
-    other_process.send_signal(signal.SIGKILL)
-    other_process.wait()
-    with files.locked(tmp_path):
-        assert f"process {os.getpid()} on " in (tmp_path / files.LOCK_FILE).read_text()
-
-
-def test_a_lock_is_given_back_and_not_shared(tmp_path):
-    for _ in range(2):
-        with files.locked(tmp_path), pytest.raises(HostError, match="is in use by another run"):
-            files.locked(tmp_path).__enter__()
-    (tmp_path / "other").mkdir()
-    with files.locked(tmp_path), files.locked(tmp_path / "other"):
-        pass
-    with pytest.raises(HostError, match="cannot write"):
-        files.locked(tmp_path / "nowhere").__enter__()
-
-
-@pytest.mark.parametrize("failing", ["ftruncate", "write"])
-def test_a_lock_on_a_full_disk_is_explained(failing, tmp_path, monkeypatch):
-    monkeypatch.setattr(os, failing, fails_with(errno.ENOSPC))
-    with pytest.raises(HostError, match=r"cannot write .*lock: No space left"):
-        files.locked(tmp_path).__enter__()

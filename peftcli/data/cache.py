@@ -20,7 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from peftcli import files
+from peftcli import files, locks
 from peftcli.data import store
 from peftcli.data.dataset import EncodedDataset, EncodingReport
 from peftcli.data.encoding import Gather, encode
@@ -101,7 +101,7 @@ def _kept(job: Job, cache_folder: Path, key: str) -> tuple[EncodedDataset, Encod
             with contextlib.suppress(OSError):  # another user's cache, which may be read alone
                 os.utime(folder)
             return (*found, f"encoded before, and taken from {folder}")
-        with files.file_lock(_lock_of(folder)):
+        with locks.file_lock(_lock_of(folder)):
             if store.version_of(folder) == seen:
                 damaged = folder.exists()
                 with files.new_folder(folder) as fresh:
@@ -141,7 +141,7 @@ def trim(cache_folder: Path, newest: Path) -> int:
 
 def _remove_abandoned(unfinished: Path) -> None:
     """Removes what a process that is gone has not finished, which shows in that nobody holds the lock."""
-    with files.file_lock(_lock_of(unfinished), wait=False) as free:
+    with locks.file_lock(_lock_of(unfinished), wait=False) as free:
         if free:
             shutil.rmtree(unfinished, ignore_errors=True)
 

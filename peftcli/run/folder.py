@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peftcli import files, manifest, recipe
+from peftcli import files, locks, manifest, recipe
 from peftcli.checkpoint import state
 from peftcli.errors import HostError, ModelError, RecipeError
 from peftcli.recipe import LoadedRecipe, Recipe, TrainingSection
@@ -44,12 +44,12 @@ def open_folder(folder: Path, options: TrainOptions) -> Iterator[None]:
             hint="go on with it: --resume; replace it: --overwrite; or choose another: output_dir=DIR",
         )
     files.check_writable(folder)
-    with files.locked(folder):
+    with locks.locked(folder):
         files.clear_temporary(folder, manifest.RUN_FILES)
         try:
             yield
         finally:
-            files.remove_if_unused(folder)
+            locks.remove_if_unused(folder)
 
 
 def with_batch_of_before(loaded: LoadedRecipe, folder: Path, options: TrainOptions) -> LoadedRecipe:

@@ -9,16 +9,8 @@ from peftcli.data.preview import Segment, render, render_sample
 from peftcli.recipe import LoadedRecipe
 from peftcli.reporting import Reporter
 from peftcli.run.batches import check_packing
-from peftcli.run.opening import (
-    check_checkpointing,
-    check_method,
-    encode_data,
-    find_sites,
-    make_batcher,
-    open_base,
-    read_data,
-    settle,
-)
+from peftcli.run.fitting import check_checkpointing, check_method, find_sites, settle
+from peftcli.run.opening import encode_data, make_batcher, open_base, read_data
 from peftcli.run.prepacked import note_stored
 from peftcli.training import zero_settings
 

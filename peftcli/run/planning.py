@@ -12,7 +12,8 @@ from peftcli.checkpoint.adapter import adapter_tensors
 from peftcli.errors import RecipeError
 from peftcli.recipe import LoadedRecipe
 from peftcli.reporting import Reporter
-from peftcli.run.opening import check_method, check_task, located, read_data
+from peftcli.run.fitting import check_method, check_task, located
+from peftcli.run.opening import read_data
 from peftcli.run.packing import check_quantization, packed_paths
 from peftcli.run.prepacked import held, note_stored
 from peftcli.training import memory

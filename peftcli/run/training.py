@@ -22,20 +22,9 @@ from peftcli.reporting import Reporter, Silent
 from peftcli.run import RECIPE_FILE, execution, remarks
 from peftcli.run.batches import Joins, check_packing, longest_first, longest_sample, settle_joining, step_plan
 from peftcli.run.fingerprint import fingerprint, require_same_base
+from peftcli.run.fitting import check_checkpointing, check_method, check_spreading, find_sites, settle
 from peftcli.run.folder import TrainOptions, checkpoint_for_all, open_folder, with_batch_of_before
-from peftcli.run.opening import (
-    Base,
-    check_checkpointing,
-    check_method,
-    check_spreading,
-    encode_data,
-    find_sites,
-    load_weights,
-    make_batcher,
-    open_base,
-    read_data,
-    settle,
-)
+from peftcli.run.opening import Base, encode_data, load_weights, make_batcher, open_base, read_data
 from peftcli.training import checks, distributed, memory, zero, zero_settings
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from rich.console import Console
 from peftcli import recipe
 from peftcli.cli import console
 from peftcli.errors import RecipeError
-from peftcli.run.opening import check_method
+from peftcli.run.fitting import check_method
 from scripts.torture.fuzzing import Fuzzing
 from scripts.torture.mutations import ODD_BYTES, ODD_VALUES, bytes_mutant, value_mutant
 from scripts.torture.outcome import Order, Outcome

@@ -11,7 +11,7 @@ import pytest
 from chat_templates import CHATML, LLAMA3
 from tokenizers import AddedToken
 
-from peftcli import files
+from peftcli import locks
 from peftcli.data import cache, prepare, read, store
 from peftcli.data.dataset import EncodedDataset, Sample
 from peftcli.errors import DataError
@@ -229,7 +229,7 @@ def test_what_was_not_used_for_longest_goes_first(encode, tokenizer, home, monke
 def test_what_was_left_unfinished_goes_unless_somebody_is_at_work_on_it(encode, tokenizer, home):
     for name in ("held.tmp", "left.tmp", "left.old.tmp"):
         (home / name).mkdir(parents=True)
-    with files.file_lock(home / ".locks" / "held"):
+    with locks.file_lock(home / ".locks" / "held"):
         encode(ROWS[:10], tokenizer)
     assert [path.name for path in entries(home) if path.suffix] == ["held.tmp"]
 
@@ -323,7 +323,7 @@ def test_a_hub_dataset_is_known_by_its_rows(tmp_path, tokenizer, section):
 
 def test_waiting_for_a_lock_ends_when_its_holder_does(home):
     entered = threading.Event()
-    with files.file_lock(home / "lock"):
+    with locks.file_lock(home / "lock"):
         other = threading.Thread(target=lambda: _enter(home / "lock", entered))
         other.start()
         assert not entered.wait(0.1)
@@ -332,5 +332,5 @@ def test_waiting_for_a_lock_ends_when_its_holder_does(home):
 
 
 def _enter(path, entered):
-    with files.file_lock(path):
+    with locks.file_lock(path):
         entered.set()

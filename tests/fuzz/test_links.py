@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from peftcli import files, manifest
+from peftcli import files, locks, manifest
 from peftcli.checkpoint import seal as seals
 from peftcli.checkpoint import state
 from peftcli.errors import HostError, ModelError
@@ -38,7 +38,7 @@ def write(run, how):
         case "metrics":
             files.append_text(run / "metrics.jsonl", "new")
         case "lock":
-            with files.locked(run):
+            with locks.locked(run):
                 pass
         case "probe":
             files.check_writable(run)

@@ -102,8 +102,8 @@ def test_on_a_read_only_disk_nothing_is_begun_and_everything_can_be_read(recipe_
 
 def test_of_ten_that_want_one_folder_one_gets_it(tmp_path):
     program = (
-        "import pathlib, sys, time\nfrom peftcli import errors, files\n"
-        "try:\n with files.locked(pathlib.Path(sys.argv[1])): print('won'); time.sleep(3)\n"
+        "import pathlib, sys, time\nfrom peftcli import errors, locks\n"
+        "try:\n with locks.locked(pathlib.Path(sys.argv[1])): print('won'); time.sleep(3)\n"
         "except errors.HostError as error: sys.exit(error.exit_code)"
     )
 

@@ -4,7 +4,8 @@ import pytest
 
 from peftcli import methods, recipe
 from peftcli.errors import RecipeError
-from peftcli.run.opening import check_spreading, open_base
+from peftcli.run.fitting import check_spreading
+from peftcli.run.opening import open_base
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from peftcli import files, methods, models, recipe
+from peftcli import files, locks, methods, models, recipe
 from peftcli.errors import DataError, HostError, ModelError, NumericalError, RecipeError
 from peftcli.run.folder import TrainOptions, open_folder
 from tests.conftest import Recorder, write_jsonl
@@ -82,7 +82,7 @@ class TestTheFolder:
     def test_two_runs_in_one_folder(self, recipe_file, train, tmp_path):
         path = recipe_file(training=ONE_STEP)
         (tmp_path / "run").mkdir()
-        with files.locked(tmp_path / "run"), pytest.raises(HostError, match=f"in use by another run .*{os.getpid()}"):
+        with locks.locked(tmp_path / "run"), pytest.raises(HostError, match=f"in use by another run .*{os.getpid()}"):
             train(path)
         train(path)
 
@@ -90,8 +90,8 @@ class TestTheFolder:
         path = recipe_file(training=ONE_STEP)
         (tmp_path / "run").mkdir()
         program = (
-            "import os, sys, pathlib; from peftcli import files\n"
-            "with files.locked(pathlib.Path(sys.argv[1])): os._exit(9)"
+            "import os, sys, pathlib; from peftcli import locks\n"
+            "with locks.locked(pathlib.Path(sys.argv[1])): os._exit(9)"
         )
         assert subprocess.run([sys.executable, "-c", program, str(tmp_path / "run")], check=False).returncode == 9
         train(path)
