@@ -5,11 +5,13 @@ Imports nothing of peftcli for TRL, which lives in an environment of its own.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,25 @@ WARM_UP_ROWS = 10
 
 def main(tool: str, file: str, tokenizer_folder: str) -> None:
     """Measures one tool and prints seconds, tokens and supervised tokens of each of its ways."""
-    from transformers import AutoTokenizer
+    with _collector_put_off() if tool == "peftcli" else contextlib.nullcontext():
+        from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     with tempfile.TemporaryDirectory(prefix="peftcli-bench-") as folder:
         warm_up = Path(folder) / "warm-up.jsonl"
         warm_up.write_text("".join(Path(file).read_text().splitlines(keepends=True)[:WARM_UP_ROWS]))
         measure = peftcli if tool == "peftcli" else trl
         print(json.dumps(measure(tool, str(warm_up), file, tokenizer, folder)))
+
+
+@contextlib.contextmanager
+def _collector_put_off() -> Iterator[None]:
+    """Keeps the garbage collector from what is made while entered, as `peftcli train` does until its model is open."""
+    from peftcli import startup
+
+    startup.begin()
+    yield
+    startup.done()
 
 
 def peftcli(tool: str, warm_up: str, file: str, tokenizer: Any, _: str) -> dict[str, dict[str, Any]]:
