@@ -44,7 +44,9 @@ def as_base(module: Any, forward: Callable[..., Any]) -> Base:
         forward = partial(_without_a_past, forward)
     bias: Tensor | None = getattr(module, "bias", None)
     project = partial(_project_ids if kind == "embedding" else _project, module, forward)
-    return Base(kind, forward, bias, project, partial(dense_weight, module, kind))
+    own = kind == "linear" and type(module.weight) is nn.Parameter and not is_quantised(module)
+    weight = module.weight if own else None
+    return Base(kind, forward, bias, project, partial(dense_weight, module, kind), weight=weight)
 
 
 def _without_a_past(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -64,13 +66,13 @@ def _has_no_weight(*_: object) -> Tensor:
 def _project(module: Any, forward: Callable[[Tensor], Tensor], A: Tensor) -> Tensor:
     """Returns `W Aᵀ` [O, R] by feeding A's rows [R, I] through the frozen layer, in its own precision.
 
-    An int8 layer would round A, which is no activation: there it is a product with the weight it stands for.
+    No autocast may be on. An int8 layer would round A, which is no activation: there it is a product with the weight
+    that it stands for.
     """
-    with torch.autocast(A.device.type, enabled=False):
-        if is_int8(module):
-            return dense_weight(module, "linear").to(A.dtype) @ A.t()
-        # A packed weight may be stored in the guise of floating-point numbers: its layer converts inputs by itself.
-        y = forward(A if is_quantised(module) else A.to(module.weight.dtype))
+    if is_int8(module):
+        return dense_weight(module, "linear").to(A.dtype) @ A.t()
+    # A packed weight may be stored in the guise of floating-point numbers: its layer converts inputs by itself.
+    y = forward(A if is_quantised(module) else A.to(module.weight.dtype))
     projected: Tensor = y if module.bias is None else y - module.bias
     return projected.t()
 

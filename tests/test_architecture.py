@@ -145,7 +145,7 @@ def test_methods_and_ops_are_mathematics():
         if part_of(path) in ("methods", "ops"):
             tops = {module.split(".")[0] for module, _, types_only, _ in imports(path) if not types_only}
             known = {"torch", "pydantic", "peftcli", "__future__", "collections", "dataclasses", "functools", "hashlib"}
-            assert tops <= known | {"importlib", "math", "pathlib", "re", "typing", "weakref"}, path
+            assert tops <= known | {"contextlib", "importlib", "math", "pathlib", "re", "typing", "weakref"}, path
 
 
 def test_torch_is_imported_late():

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from peftcli.methods._protocol import Base, MethodConfig, Site
 from peftcli.ops import decomposition
+from peftcli.ops.decomposition import Rescaling
 from peftcli.ops.dropout import dropout
 from peftcli.ops.low_rank import low_rank, may_be_written
+from peftcli.ops.precision import without_autocast
 
 
 class LowRank(Protocol):
@@ -23,8 +25,8 @@ class LowRank(Protocol):
 
     dropout: float
 
-    def forward(self, base: Base, x: Tensor) -> Tensor:
-        """Returns `x Wᵀ + b + s·drop(x) Aᵀ Bᵀ` [..., O], a fresh tensor."""
+    def forward(self, base: Base, x: Tensor, rescaling: Rescaling | None = None) -> Tensor:
+        """Returns `x Wᵀ + b + s·drop(x) Aᵀ Bᵀ` [..., O], a fresh tensor, or what `rescaling` makes of it."""
         ...
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
@@ -83,7 +85,7 @@ class Decomposition(nn.Module):
             return decomposition.rescale_rows(h, base.bias, g, kept=self.kept and may_be_written(h))
         if self.training and inner.dropout and self.dropout_mode == "paper" and base.kind != "embedding":
             return self._output_as_in_paper(base, x, inner, g)
-        return decomposition.rescale_rows(inner.forward(base, x), base.bias, g, kept=self.kept)
+        return inner.forward(base, x, Rescaling(g, self.kept))
 
     def norms(self, base: Base, inner: LowRank | None) -> Tensor:
         """Returns `n` [O], the row norms of `V`, in float32 or wider.
@@ -95,10 +97,11 @@ class Decomposition(nn.Module):
         if inner is None:
             return self.c.sqrt()
         tracked = torch.is_grad_enabled() and not self.detach_norm
-        with torch.set_grad_enabled(tracked), torch.autocast(self.c.device.type, enabled=False):
+        with torch.set_grad_enabled(tracked), without_autocast(self.c.device.type):
             A, B, scale = inner.factors()
             if tracked or self.training or torch.compiler.is_compiling():
-                self._known = None
+                if self._known is not None:
+                    self._known = None
                 return self._computed_norms(base, A, B, scale)
             known = self._known
             if known is None or not (_is_same(known.A, A) and _is_same(known.B, B)):

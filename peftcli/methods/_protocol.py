@@ -137,6 +137,7 @@ class Base(NamedTuple):
             unpacked for it.
         dense: As the site's: `W` [O, I] in float32. Costs memory; for what cannot be had otherwise.
         dtype: What a whole model computes in; None for a module of one.
+        weight: `W` [O, I] as it is held, of a module that is `x Wᵀ + b` and nothing else; None of all others.
     """
 
     kind: Kind
@@ -145,6 +146,7 @@ class Base(NamedTuple):
     project: Callable[[Tensor], Tensor]
     dense: Callable[[], Tensor]
     dtype: torch.dtype | None = None
+    weight: Tensor | None = None
 
 
 class MethodConfig(BaseModel):

@@ -108,7 +108,7 @@ class AdaLoRA(Method):
         self.kept: Tensor
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
-        return forward_low_rank(base.forward, x, dropout(x, self.dropout) if self.training else x, *self.factors())
+        return forward_low_rank(base, x, dropout(x, self.dropout) if self.training else x, *self.factors())
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         """Returns `diag(E) A` [r, I], `B` [O, r] and `s`."""

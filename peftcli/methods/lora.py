@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftcli.methods._protocol import Base, Method, Shared, Site, Targets
+from peftcli.ops.decomposition import Rescaling
 from peftcli.ops.dropout import dropout
 from peftcli.ops.low_rank import as_input, forward_low_rank, merged_low_rank, projected_gradient
 
@@ -119,12 +120,13 @@ class LoRA(Method):
         self.A0: Tensor | None
         self.B0: Tensor | None
 
-    def forward(self, base: Base, x: Tensor) -> Tensor:
+    def forward(self, base: Base, x: Tensor, rescaling: Rescaling | None = None) -> Tensor:
         A, B, scale = self.factors()
         if self.kind == "embedding":
             y: Tensor = base.forward(x)
-            return y + F.linear(F.embedding(x, A.t()) * scale, B).to(y.dtype)
-        return forward_low_rank(base.forward, x, self.input(x), A, B, scale)
+            h = y + F.linear(F.embedding(x, A.t()) * scale, B).to(y.dtype)
+            return h if rescaling is None else rescaling(h, base.bias)
+        return forward_low_rank(base, x, self.input(x), A, B, scale, rescaling)
 
     def input(self, x: Tensor) -> Tensor:
         """Returns `drop(x)` [..., I] in A's dtype; one for all adapters of a parent that read the same `x`."""

@@ -119,7 +119,7 @@ class VBLoRA(Method):
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
         x_dropped = dropout(x, self.dropout) if self.training else x
-        return forward_low_rank(base.forward, x, x_dropped, *self.low_rank(), 1.0)
+        return forward_low_rank(base, x, x_dropped, *self.low_rank(), 1.0)
 
     def merged(self, weight: Tensor) -> Tensor:
         return merged_low_rank(weight, *self.low_rank(), 1.0)

@@ -27,6 +27,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from peftcli.methods._protocol import Base, Kind, Method, Shared, Site, Targets
+from peftcli.ops.decomposition import Rescaling
 from peftcli.ops.dropout import dropout
 from peftcli.ops.low_rank import add_expanded, merged_low_rank, thin
 
@@ -99,12 +100,13 @@ class VeRA(Method):
             *draw_projections(config, longest_in, longest_out, sites[0].device), saved=config.save_projection
         )
 
-    def forward(self, base: Base, x: Tensor) -> Tensor:
+    def forward(self, base: Base, x: Tensor, rescaling: Rescaling | None = None) -> Tensor:
         A, B, scale = self.factors()
         p = self.dropout if self.training else 0.0
         key = p, torch.is_autocast_enabled(x.device.type)
         u = self.shared_input.once(self.name, x, key, lambda: thin(dropout(x, p), A))  # A is the same for all
-        return add_expanded(base.forward(x), u, B, scale)
+        h = add_expanded(base.forward(x), u, B, scale)
+        return h if rescaling is None else rescaling(h, base.bias)
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         """Returns `A` [r, I], `diag(b) B diag(d)` [O, r] and 1: a LoRA's factors and scale.

@@ -5,14 +5,15 @@ Shapes: W, V [O, I], A [R, I], B [O, R], `m`, `n`, and `c` (the squared row norm
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CANCELLATION_LIMIT = 1e-3
-"""Below this share of its terms' size, n² has lost so many digits that it is computed directly instead."""
+CANCELLATION_LIMIT = 2e-3
+"""Below this share of c, n² has lost so many digits that it is computed directly instead. Only an update that is about
+as long as its row can bring it there, so that c stands for the size of all terms."""
 
 
 def squared_row_norms(weight: Tensor) -> Tensor:
@@ -25,15 +26,18 @@ def squared_row_norms(weight: Tensor) -> Tensor:
 def factored_row_norms(c: Tensor, WA: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Returns `n` [O] without anything of size O·I, and which rows lost too many digits to cancellation [O].
 
-    n² = c + 2s·rowsum((W Aᵀ) ∘ B) + s²·rowsum((B (A Aᵀ)) ∘ B), where `WA` is `W Aᵀ` [O, R]. The error is that of the
-    terms, not of the sum: a row whose update nearly cancels it needs `direct_row_norms`. (Liu et al. 2024, eq. 5 for
-    n; the factored form follows from expanding the square.)
+    n² = c + rowsum((2s·W Aᵀ + s²·B (A Aᵀ)) ∘ B), where `WA` is `W Aᵀ` [O, R]. The error is that of the terms, not of
+    the sum: a row whose update nearly cancels it needs `direct_row_norms`. (Liu et al. 2024, eq. 5 for n; the factored
+    form follows from expanding the square.)
     """
     wide = torch.promote_types(A.dtype, torch.float32)
     WA, A, B, c = WA.to(wide), A.to(wide), B.to(wide), c.to(wide)
-    quadratic = scale**2 * torch.linalg.vecdot(B @ (A @ A.T), B)
-    squared = c + 2 * scale * torch.linalg.vecdot(WA, B) + quadratic
-    lost = squared < CANCELLATION_LIMIT * (c + quadratic)
+    # On its side, as `Base.project` has computed it: seen that way, nothing is copied.
+    terms = torch.addmm(WA.t(), A @ A.t(), B.t(), beta=2 * scale, alpha=scale**2)
+    squared = c + (terms * B.t()).sum(dim=0)
+    lost = squared < CANCELLATION_LIMIT * c
+    if not squared.requires_grad:
+        return squared.clamp_min_(0).sqrt_(), lost
     squared = squared.clamp_min(0)
     zero = squared == 0  # where the square root has no slope: left in, 0 · ∞ would make every gradient NaN
     return squared.masked_fill(zero, 1).sqrt().masked_fill(zero, 0), lost
@@ -66,76 +70,84 @@ def rescale_rows(h: Tensor, bias: Tensor | None, g: Tensor, *, kept: bool = Fals
             result is written into `h`, and the gradient of `g` comes from it. Otherwise `h` is kept beside it.
     """
     if torch.compiler.is_compiling():
-        return _rescaled(h, bias, g).to(h.dtype)
+        return rescaled(h, bias, g, written=False)
     if not torch.is_grad_enabled():
-        return _rescale_(h, bias, g)
-    rescale = _RescaleInPlace if kept and not _has_small(g) else _Rescale
-    rescaled: Tensor = rescale.apply(h, bias, g)  # type: ignore[no-untyped-call]
-    return rescaled
+        return rescaled(h, bias, g, written=True)
+    written: Tensor = _Rescale.apply(h, bias, g, kept and not has_small(g))  # type: ignore[no-untyped-call]
+    return written
+
+
+class Rescaling(NamedTuple):
+    """What `rescale_rows` needs to know beside what it rescales.
+
+    Attributes:
+        g: The factors [O].
+        kept: Whether what comes next keeps the result.
+    """
+
+    g: Tensor
+    kept: bool
+
+    def __call__(self, h: Tensor, bias: Tensor | None) -> Tensor:
+        """Returns the rescaled rows of `h`, see `rescale_rows`."""
+        return rescale_rows(h, bias, self.g, kept=self.kept)
 
 
 SMALLEST_RATIO = 1 / 64
 """A factor of less takes the digits of `h − b` away that its own gradient needs: `h` is kept instead."""
 
 
-def _has_small(g: Tensor) -> bool:
+def has_small(g: Tensor) -> bool:
+    """Returns whether a factor of `g` is too small for its gradient to be told from what it has scaled."""
     return bool(g.detach().abs().min() < SMALLEST_RATIO)
 
 
-def _rescaled(h: Tensor, bias: Tensor | None, g: Tensor) -> Tensor:
-    return torch.addcmul(h, h if bias is None else h - bias, g - 1)
+def rescaled(h: Tensor, bias: Tensor | None, g: Tensor, *, written: bool) -> Tensor:
+    """Returns `rescale_rows` without a gradient, in `h`'s dtype, and in `h` itself if it is to be `written`."""
+    centred = h if bias is None else h - bias
+    return h.addcmul_(centred, g - 1) if written else torch.addcmul(h, centred, g - 1).to(h.dtype)
 
 
-def _rescale_(h: Tensor, bias: Tensor | None, g: Tensor) -> Tensor:
-    return h.addcmul_(h if bias is None else h - bias, g - 1)
+def rescaling_gradients(
+    dy: Tensor, z: Tensor, bias: Tensor | None, g: Tensor, *, from_result: bool
+) -> tuple[Tensor, Tensor]:
+    """Returns `∂L/∂h = g ⊙ dy` [..., O] and `∂L/∂g = Σ dy ⊙ (h − b)` [O], summed over all places.
 
-
-def _gradients(dy: Tensor, z: Tensor, bias: Tensor | None, g: Tensor, *, needs_h: bool) -> tuple[Tensor | None, Tensor]:
-    """Returns `∂L/∂h = g ⊙ dy` [..., O] and `Σ dy ⊙ (z − b)` [O], summed over all places, in `g`'s dtype or wider."""
+    Args:
+        dy: The gradient of the result [..., O].
+        z: `h`; or the result y, of which `h − b = (y − b) ⊘ g`.
+        bias: `b` [O], or None.
+        g: The factors [O].
+        from_result: Whether `z` is the result.
+    """
     rows, wide = dy.reshape(-1, dy.shape[-1]), torch.promote_types(dy.dtype, g.dtype)
     product = z.reshape(rows.shape).to(wide) * rows
     summed = product.sum(dim=0)
     if bias is not None:
         summed = summed - bias * rows.sum(dim=0, dtype=wide)
-    if not needs_h:
-        return None, summed
     # Where nothing is rounded, into the product, which has done its work: one tensor of [..., O] less.
     dh = torch.mul(rows, g, out=product) if wide == dy.dtype else (g * rows).to(dy.dtype)
-    return dh.view(dy.shape), summed
+    return dh.view(dy.shape), (summed / g if from_result else summed).to(g.dtype)
 
 
 class _Rescale(torch.autograd.Function):
-    """`rescale_rows` into a new tensor: keeps `h`."""
+    """`rescale_rows`: into a new tensor, beside which `h` is kept; or into `h`, which alone is."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, bias: Tensor | None, g: Tensor) -> Tensor:
+    def forward(ctx: Any, h: Tensor, bias: Tensor | None, g: Tensor, kept: bool) -> Tensor:
+        y = rescaled(h, bias, g, written=kept)
+        if kept:
+            ctx.mark_dirty(h)
         ctx.save_for_backward(h, bias, g)
-        return _rescaled(h, bias, g).to(h.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        h, bias, g = ctx.saved_tensors
-        dh, dg = _gradients(dy, h, bias, g, needs_h=ctx.needs_input_grad[0])
-        return dh, None, dg.to(g.dtype)
-
-
-class _RescaleInPlace(torch.autograd.Function):
-    """`rescale_rows` into `h`: keeps its result y, of which `h − b = (y − b) ⊘ g`."""
-
-    @staticmethod
-    def forward(ctx: Any, h: Tensor, bias: Tensor | None, g: Tensor) -> Tensor:
-        y = _rescale_(h, bias, g)
-        ctx.save_for_backward(y, bias, g)
-        ctx.mark_dirty(h)
+        ctx.kept = kept
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        y, bias, g = ctx.saved_tensors
-        dh, summed = _gradients(dy, y, bias, g, needs_h=ctx.needs_input_grad[0])
-        return dh, None, (summed / g).to(g.dtype)
+        z, bias, g = ctx.saved_tensors
+        dh, dg = rescaling_gradients(dy, z, bias, g, from_result=ctx.kept)
+        return dh if ctx.needs_input_grad[0] else None, None, dg, None
 
 
 def rescale_rows_reference(h: Tensor, bias: Tensor | None, g: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftcli.ops.low_rank import add_expanded
+from peftcli.ops.precision import without_autocast
 
 
 def gates(x: Tensor, R: Tensor) -> Tensor:
@@ -19,7 +20,7 @@ def gates(x: Tensor, R: Tensor) -> Tensor:
     Logits rounded to half precision would send like tokens to unlike mixtures.
     """
     wide = torch.promote_types(torch.promote_types(x.dtype, R.dtype), torch.float32)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         return F.linear(x.to(wide), R.to(wide)).softmax(dim=-1)
 
 

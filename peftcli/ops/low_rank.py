@@ -6,12 +6,14 @@ Shapes: x [..., I], y [..., O], A [R, I], B [O, R].
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction, once_differentiable
 from torch.nn import functional as F
+
+from peftcli.ops.decomposition import Rescaling, has_small, rescaled, rescaling_gradients
 
 RIDGE = 1e-8
 """What is added to the diagonal of A Aᵀ before it is inverted; PEFT's value."""
@@ -68,7 +70,7 @@ class _Read(torch.autograd.Function):
         rows = du.reshape(-1, du.shape[-1])
         dA = None if x is None else _product_of_tall(x.reshape(-1, x.shape[-1]), rows).t()
         if dx is None:
-            return (rows @ A).view(*du.shape[:-1], -1), dA
+            return (rows @ A).view(*du.shape[:-1], A.shape[1]), dA
         if not (dx.is_contiguous() and dx.dtype == A.dtype):
             return dx + (rows @ A).view(dx.shape), dA
         dx.view(-1, dx.shape[-1]).addmm_(rows, A)
@@ -89,24 +91,130 @@ def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Te
     return add_expanded(y, thin(x, A), B, scale)
 
 
+class Layer(Protocol):
+    """A frozen linear layer: `x Wᵀ + b`."""
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """From `x` [..., I] to a fresh [..., O]."""
+        ...
+
+    @property
+    def weight(self) -> Tensor | None:
+        """`W` [O, I] where the layer is that product and nothing else; None where it is packed, say."""
+        ...
+
+    @property
+    def bias(self) -> Tensor | None:
+        """`b` [O], or None."""
+        ...
+
+
 def forward_low_rank(
-    layer: Callable[[Tensor], Tensor], x: Tensor, dropped: Tensor, A: Tensor, B: Tensor, scale: float
+    layer: Layer, x: Tensor, dropped: Tensor, A: Tensor, B: Tensor, scale: float, rescaling: Rescaling | None = None
 ) -> Tensor:
-    """Returns `layer(x) + s·(dropped Aᵀ) Bᵀ`, written into what the linear `layer` returns where possible.
+    """Returns `h = layer(x) + s·(dropped Aᵀ) Bᵀ` [..., O], or what `rescaling` makes of it.
+
+    Where the layer is a plain product, that product and all the rest are one node of autograd: in a small step nodes
+    take more time than what they compute.
 
     Args:
-        layer: The frozen layer, from x [..., I] to a fresh [..., O].
-        x: Its input.
+        layer: The frozen layer.
+        x: Its input [..., I].
         dropped: The update's input: `x` itself where nothing is dropped and no dtype differs, which costs least.
         A: [R, I].
         B: [O, R].
         scale: s.
+        rescaling: What is done to the rows of `h`, if anything.
     """
+    how = _as_one_node(layer, x, dropped, A, B, scale)
+    if how is not None:
+        g = None if rescaling is None else rescaling.g
+        if rescaling is not None and rescaling.kept and not has_small(rescaling.g):
+            how = how._replace(kept=True)
+        own = None if dropped is x else dropped
+        adapted: Tensor = _Adapted.apply(how, x, own, A, B, g)  # type: ignore[no-untyped-call]
+        return adapted
     if dropped is x:
         x, u = read(x, A)
     else:
         u = thin(dropped, A)
-    return add_expanded(layer(x), u, B, scale)
+    h = add_expanded(layer.forward(x), u, B, scale)
+    return h if rescaling is None else rescaling(h, layer.bias)
+
+
+class _How(NamedTuple):
+    """What `_Adapted` computes with beside what may want a gradient.
+
+    Attributes:
+        weight: W [O, I].
+        bias: b [O], or None.
+        scale: s.
+        dtype: What is computed in.
+        kept: Whether what comes next keeps the rescaled rows.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: float
+    dtype: torch.dtype
+    kept: bool = False
+
+
+def _as_one_node(layer: Layer, x: Tensor, dropped: Tensor, A: Tensor, B: Tensor, scale: float) -> _How | None:
+    """Returns how a node computes that has the layer's own product in it; None where there can be no such node."""
+    weight, bias = layer.weight, layer.bias
+    if weight is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        return None
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        return _How(weight, bias, scale, dtype) if weight.dtype == dtype else None
+    fits = weight.dtype == x.dtype == dropped.dtype == A.dtype == B.dtype
+    return _How(weight, bias, scale, A.dtype) if fits else None
+
+
+class _Adapted(torch.autograd.Function):
+    """`forward_low_rank`: keeps `u`, the update's input if A trains, and of a rescaling one tensor as `rescale_rows`.
+
+    Its inputs are x, what is left of it by dropout (None for all), A, B and g (None where nothing is rescaled).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, how: _How, x: Tensor, dropped: Tensor | None, A: Tensor, B: Tensor, g: Tensor | None
+    ) -> Tensor:
+        ctx.dtypes, ctx.scale, ctx.kept = (x.dtype, None if dropped is None else dropped.dtype), how.scale, how.kept
+        x = x.to(how.dtype)
+        source = x if dropped is None else dropped.to(how.dtype)
+        h = F.linear(x, how.weight, how.bias)
+        u = F.linear(source, A)
+        h.view(-1, h.shape[-1]).addmm_(u.view(-1, u.shape[-1]), B.to(how.dtype).t(), alpha=how.scale)
+        y = h if g is None else rescaled(h, how.bias, g, written=how.kept)
+        source_of_A = source if ctx.needs_input_grad[3] else None
+        ctx.save_for_backward(source_of_A, u, how.weight, how.bias, A, B, g, None if g is None else h)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        source, u, weight, bias, A, B, g, z = ctx.saved_tensors
+        _, needs_x, needs_dropped, needs_A, needs_B, _ = ctx.needs_input_grad
+        dtype_of_x, dtype_of_dropped = ctx.dtypes
+        dh, dg = (dy, None) if g is None else rescaling_gradients(dy, z, bias, g, from_result=ctx.kept)
+        rows = dh.reshape(-1, dh.shape[-1])
+        du = (rows @ B.to(rows.dtype)).mul_(ctx.scale)
+        dx = rows @ weight if needs_x else None
+        ddropped = None
+        if needs_dropped:
+            ddropped = (du @ A.to(du.dtype)).view(*dy.shape[:-1], A.shape[1]).to(dtype_of_dropped)
+        elif dx is not None and dtype_of_dropped is None:
+            dx.addmm_(du, A.to(du.dtype))
+        dx = None if dx is None else dx.view(*dy.shape[:-1], A.shape[1]).to(dtype_of_x)
+        dA = _product_of_tall(source.reshape(-1, source.shape[-1]), du).t().to(A.dtype) if needs_A else None
+        dB = _product_of_tall(rows, u.view(-1, u.shape[-1])).mul_(ctx.scale).to(B.dtype) if needs_B else None
+        return None, dx, ddropped, dA, dB, dg
 
 
 def add_expanded(y: Tensor, u: Tensor, B: Tensor, scale: float) -> Tensor:

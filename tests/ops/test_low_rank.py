@@ -1,9 +1,12 @@
 import math
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from peftcli.ops.decomposition import Rescaling
 from peftcli.ops.low_rank import (
     add_expanded,
     add_low_rank,
@@ -181,10 +184,23 @@ def test_under_autocast_the_update_is_rounded_with_what_it_is_added_to():
 # ---- one node for the layer's input and the adapter's ----
 
 
+class Layer(NamedTuple):
+    """A frozen layer; one that is packed, or whatever else it may be, unless its weight is given."""
+
+    forward: Any
+    weight: Any = None
+    bias: Any = None
+
+
+def plain(W, b=None):
+    """Returns a layer whose product may be part of the op's own node."""
+    return Layer(lambda x: F.linear(x, W, b), W, b)
+
+
 def layer_of(W, gradients):
     """Returns a linear layer that notes the gradients of its input which it hands out."""
 
-    class Layer(torch.autograd.Function):
+    class Noted(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
             return x @ W.T
@@ -194,19 +210,20 @@ def layer_of(W, gradients):
             gradients.append(dy @ W)
             return gradients[-1]
 
-    return lambda x: Layer.apply(x) + 0
+    return Layer(lambda x: Noted.apply(x) + 0)
 
 
 @pytest.mark.parametrize("shape", [(5,), (2, 4)], ids=str)
 @pytest.mark.parametrize("frozen", ["none", "A", "B", "x"])
 @pytest.mark.parametrize("rank", [3, 16])
-def test_the_gradients_of_an_adapted_layer(shape, frozen, rank):
+@pytest.mark.parametrize("kind", [plain, lambda W: Layer(lambda x: x @ W.T)], ids=["plain", "opaque"])
+def test_the_gradients_of_an_adapted_layer(shape, frozen, rank, kind):
     W = torch.randn(O, I, dtype=torch.float64)
     tensors = {"x": torch.randn(*shape, I), "A": torch.randn(rank, I), "B": torch.randn(O, rank)}
     leaves = {name: tensor.double().requires_grad_(name != frozen) for name, tensor in tensors.items()}
 
     def adapted(x, A, B):
-        return forward_low_rank(lambda x: x @ W.T, x, x, A, B, S)
+        return forward_low_rank(kind(W), x, x, A, B, S)
 
     assert torch.autograd.gradcheck(adapted, tuple(leaves.values()))
     expected = add_low_rank_reference(leaves["x"] @ W.T, *leaves.values(), S)
@@ -247,9 +264,9 @@ def test_an_input_is_kept_only_for_factors_that_train(kept_shapes):
     A, B = factors()
     W = torch.randn(O, I, dtype=torch.float64)
     x = torch.randn(2, 4, I, dtype=torch.float64, requires_grad=True)
-    found = kept_shapes(lambda: forward_low_rank(lambda x: x @ W.T, x, x, A, B.requires_grad_(), S))
+    found = kept_shapes(lambda: forward_low_rank(Layer(lambda x: x @ W.T), x, x, A, B.requires_grad_(), S))
     assert tuple(x.shape) not in set(map(tuple, found))
-    found = kept_shapes(lambda: forward_low_rank(lambda x: x @ W.T, x, x, A.requires_grad_(), B, S))
+    found = kept_shapes(lambda: forward_low_rank(Layer(lambda x: x @ W.T), x, x, A.requires_grad_(), B, S))
     assert list(map(tuple, found)).count(tuple(x.shape)) == 1
 
 
@@ -269,7 +286,7 @@ def test_recomputed_it_gives_the_same_gradients(reentrant):
 
     def gradients(run):
         x = torch.ones(4, I, dtype=torch.float64, requires_grad=True)
-        y = run(lambda x: forward_low_rank(lambda x: x @ W.T, x, x, A, B, S), x)
+        y = run(lambda x: forward_low_rank(Layer(lambda x: x @ W.T), x, x, A, B, S), x)
         return torch.autograd.grad(y.square().sum(), (A, B)) if not reentrant else _through_backward(y, A, B)
 
     plain, recomputed = gradients(lambda f, x: f(x)), gradients(lambda f, x: checkpoint(f, x, use_reentrant=reentrant))
@@ -284,3 +301,116 @@ def _through_backward(y, *leaves):
     for leaf in leaves:
         leaf.grad = None
     return found
+
+
+# ---- all of an adapted layer as one node ----
+
+
+def opaque(W, b=None):
+    """Returns the same layer, of which nothing is known but that it is linear."""
+    return plain(W, b)._replace(weight=None)
+
+
+def leaves_of(dtype=torch.float64, frozen=(), tokens=(2, 4)):
+    """Returns x, what dropout has made of it, A, B and g, which want gradients unless they are `frozen`."""
+    shapes = {"x": (*tokens, I), "dropped": (*tokens, I), "A": (R, I), "B": (O, R), "g": (O,)}
+    found = {name: torch.randn(shape, dtype=dtype) for name, shape in shapes.items()}
+    found["g"] = found["g"].abs() + 0.5
+    return {name: tensor.requires_grad_(name not in frozen) for name, tensor in found.items()}
+
+
+def adapted(layer, x, dropped, A, B, g, *, drops=True, rescales=True, kept=False):
+    """Returns `forward_low_rank` of what of its inputs is wanted."""
+    rescaling = Rescaling(g, kept) if rescales else None
+    return forward_low_rank(layer, x, dropped if drops else x, A, B, S, rescaling)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("drops", [True, False])
+@pytest.mark.parametrize(("rescales", "kept"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("frozen", [(), ("x", "dropped"), ("A",), ("B", "g")], ids=str)
+@pytest.mark.parametrize("tokens", [(2, 4), (5,), (), (1, 0)], ids=str)
+def test_one_node_is_what_several_are(biased, drops, rescales, kept, frozen, tokens):
+    W, b = torch.randn(O, I, dtype=torch.float64), torch.randn(O, dtype=torch.float64) if biased else None
+    leaves, how = leaves_of(frozen=frozen, tokens=tokens), {"drops": drops, "rescales": rescales, "kept": kept}
+    one, several = (adapted(layer, **leaves, **how) for layer in (plain(W, b), opaque(W, b)))
+    assert type(one.grad_fn).__name__ == "_AdaptedBackward"
+    assert type(several.grad_fn).__name__ != "_AdaptedBackward"
+    wanted = [leaf for leaf in leaves.values() if leaf.requires_grad]
+    slope = torch.randn_like(one)
+    gradients = (torch.autograd.grad(y, wanted, slope, allow_unused=True) for y in (one, several))
+    for found, expected in zip((one, *next(gradients)), (several, *next(gradients)), strict=True):
+        assert (found is None) == (expected is None)
+        if found is not None:
+            assert found.shape == expected.shape
+            if found.numel():
+                assert_close(found, expected, EXACT[torch.float64])
+
+
+@pytest.mark.parametrize("drops", [True, False])
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_gradients_of_one_node(drops, kept):
+    W, b = torch.randn(O, I, dtype=torch.float64), torch.randn(O, dtype=torch.float64)
+
+    def run(*tensors):
+        return adapted(plain(W, b), *tensors, drops=drops, kept=kept)
+
+    assert torch.autograd.gradcheck(run, tuple(leaves_of().values()))
+
+
+def test_what_one_node_keeps(kept_shapes):
+    """The weight, which is there; u; the update's input if A trains; of a rescaling one tensor; and no second input."""
+    W, leaves = torch.randn(O, I, dtype=torch.float64), leaves_of()
+    always = [(O, I), (2, 4, R), (R, I), (O, R)]
+    found = kept_shapes(lambda: adapted(plain(W), **leaves, drops=False, rescales=False))
+    assert sorted(found) == sorted([*always, (2, 4, I)])
+    found = kept_shapes(lambda: adapted(plain(W), **leaves, drops=True, rescales=False))
+    assert sorted(found) == sorted([*always, (2, 4, I)])
+    found = kept_shapes(lambda: adapted(plain(W), **leaves_of(frozen=("A",)), drops=False, rescales=False))
+    assert sorted(found) == sorted(always)
+    results = []
+    for kept in (True, False):
+        found = kept_shapes(lambda kept=kept: results.append(adapted(plain(W), **leaves, drops=False, kept=kept)))
+        assert sorted(found) == sorted([*always, (2, 4, I), (O,), (2, 4, O)])
+
+
+@pytest.mark.parametrize("drops", [True, False])
+@pytest.mark.parametrize("rescales", [True, False])
+@pytest.mark.parametrize("dtype_of_x", [torch.float32, torch.bfloat16], ids=str)
+def test_under_autocast_one_node_computes_as_several(drops, rescales, dtype_of_x):
+    """On a weight in autocast's own dtype: another would have to be rounded, and kept, once more."""
+    leaves, W = leaves_of(torch.float32), torch.randn(O, I).bfloat16()
+    leaves |= {name: leaves[name].detach().to(dtype_of_x).requires_grad_() for name in ("x", "dropped")}
+    results = []
+    for layer in (plain(W), opaque(W)):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = adapted(layer, **leaves, drops=drops, rescales=rescales)
+        wanted = [leaf for leaf in leaves.values() if leaf.requires_grad]
+        results.append((y, *torch.autograd.grad(y.float().sum(), wanted, allow_unused=True)))
+    assert "_AdaptedBackward" in [type(one[0].grad_fn).__name__ for one in results]
+    assert results[0][0].dtype == torch.bfloat16
+    for one, several in zip(*results, strict=True):
+        assert (one is None) == (several is None)
+        if one is not None:
+            assert one.dtype == several.dtype
+            assert_close(one, several, HALF[torch.bfloat16])
+
+
+def test_a_layer_that_trains_is_left_to_autograd():
+    leaves = leaves_of()
+    W = torch.randn(O, I, dtype=torch.float64, requires_grad=True)
+    b = torch.randn(O, dtype=torch.float64, requires_grad=True)
+    for layer in (plain(W), plain(W.detach(), b)):
+        y = adapted(layer, **leaves)
+        assert type(y.grad_fn).__name__ != "_AdaptedBackward"
+        trained = layer.weight if layer.bias is None else layer.bias
+        assert torch.autograd.grad(y.sum(), trained)[0].abs().sum() > 0
+
+
+def test_a_weight_in_another_dtype_is_left_to_autograd():
+    leaves = leaves_of(torch.float32)
+    W = torch.randn(O, I).bfloat16()
+    layer = plain(W)._replace(forward=lambda x: F.linear(x, W.float()))
+    assert type(adapted(layer, **leaves).grad_fn).__name__ != "_AdaptedBackward"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert type(adapted(plain(W.float()), **leaves).grad_fn).__name__ != "_AdaptedBackward"
