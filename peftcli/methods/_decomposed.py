@@ -6,6 +6,8 @@ A [R, I]   B [O, R]   m, n [O]   W, V [O, I]
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -43,6 +45,42 @@ class DecomposedConfig(MethodConfig):
     )
 
 
+AT_ONCE = ("cpu",)
+"""Devices that are not waited for: what they are asked, they have computed."""
+
+
+@dataclass
+class Question:
+    """Something about tensors that is true or not, for which an accelerator is waited for once a step.
+
+    It computes behind the program, which would have to wait for it at each of a model's modules. So in training its
+    last answer stands until `answer` brings the next one. What is asked for here comes about over many steps.
+
+    Attributes:
+        last: The last answer; None before the first.
+        asked: What is to be the next one, a tensor of one truth value.
+    """
+
+    last: bool | None = None
+    asked: Tensor | None = None
+
+    def holds(self, found: Tensor, *, training: bool) -> bool:
+        """Returns whether it is true, of which `found` will tell."""
+        if self.last is None or not training or found.device.type in AT_ONCE:
+            self.last, self.asked = bool(found), None
+        else:
+            self.asked = found
+        return self.last
+
+
+def answer(decompositions: Iterable[Decomposition]) -> None:
+    """Brings all answers that are outstanding, after a step."""
+    asked = [(one, one.asked) for each in decompositions for one in each.questions if one.asked is not None]
+    if asked:
+        for (question, _), found in zip(asked, torch.stack([found for _, found in asked]).tolist(), strict=True):
+            question.last, question.asked = found, None
+
+
 class _Known(NamedTuple):
     """The norms `n` [O] of the factors `A` and `B`."""
 
@@ -76,16 +114,28 @@ class Decomposition(nn.Module):
         self.register_buffer("c", c, persistent=False)
         self.c: Tensor
         self._known: _Known | None = None
+        self._loses_digits, self._has_small = self.questions = Question(), Question()
 
     def output(self, base: Base, x: Tensor, inner: LowRank | None) -> Tensor:
         """Returns `x W'ᵀ + b` [..., O]; the bias is never scaled."""
         g = decomposition.magnitude_ratio(self.m, self.norms(base, inner))
-        if inner is None:
-            h = base.forward(x)
-            return decomposition.rescale_rows(h, base.bias, g, kept=self.kept and may_be_written(h))
-        if self.training and inner.dropout and self.dropout_mode == "paper" and base.kind != "embedding":
+        if inner is not None and self._drops_all(base, inner):
             return self._output_as_in_paper(base, x, inner, g)
-        return inner.forward(base, x, Rescaling(g, self.kept))
+        kept = self.kept and self._can_be_kept(g)
+        if inner is not None:
+            return inner.forward(base, x, Rescaling(g, kept))
+        h = base.forward(x)
+        return decomposition.rescale_rows(h, base.bias, g, kept=kept and may_be_written(h))
+
+    def _drops_all(self, base: Base, inner: LowRank) -> bool:
+        """Returns whether the base's inputs are dropped too."""
+        return self.dropout_mode == "paper" and self.training and bool(inner.dropout) and base.kind != "embedding"
+
+    def _can_be_kept(self, g: Tensor) -> bool:
+        """Returns whether the gradient of `g` can be told from the result."""
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return False
+        return not self._has_small.holds(decomposition.has_small(g), training=self.training)
 
     def norms(self, base: Base, inner: LowRank | None) -> Tensor:
         """Returns `n` [O], the row norms of `V`, in float32 or wider.
@@ -112,7 +162,7 @@ class Decomposition(nn.Module):
     def _computed_norms(self, base: Base, A: Tensor, B: Tensor, scale: float) -> Tensor:
         n, lost = decomposition.factored_row_norms(self.c, base.project(A), A, B, scale)
         # Compiled code cannot branch on data; there the factored value, clamped at zero, stands.
-        if not torch.compiler.is_compiling() and bool(lost.any()):
+        if not torch.compiler.is_compiling() and self._loses_digits.holds(lost.any(), training=self.training):
             direct = decomposition.direct_row_norms(base.dense(), A, B, scale)
             n = torch.where(lost, direct.to(n.dtype), n)
         return n

@@ -29,7 +29,7 @@ from pydantic import Field
 from torch import Tensor
 
 from peftcli.methods import lora
-from peftcli.methods._decomposed import DecomposedConfig, Decomposition
+from peftcli.methods._decomposed import DecomposedConfig, Decomposition, answer
 from peftcli.methods._protocol import Base, Method, Shared, Site
 
 
@@ -85,6 +85,10 @@ class DoRA(Method):
     @classmethod
     def before_step(cls, config: DoRAConfig, adapters: Mapping[str, Any]) -> None:
         lora.LoRA.before_step(config, {name: dora.lora for name, dora in adapters.items() if dora.lora is not None})
+
+    @classmethod
+    def after_step(cls, config: DoRAConfig, adapters: Mapping[str, Any], step: int, total_steps: int) -> None:
+        answer(dora.decomposition for dora in adapters.values())
 
     def learning_rate_factors(self) -> Mapping[str, float]:
         factors = self.lora.learning_rate_factors() if self.lora is not None else {}

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from peftcli.methods import vera
-from peftcli.methods._decomposed import DecomposedConfig, Decomposition
+from peftcli.methods._decomposed import DecomposedConfig, Decomposition, answer
 from peftcli.methods._protocol import Base, Method, Shared, Site
 
 
@@ -53,6 +53,10 @@ class DVoRA(Method):
 
     def merged(self, weight: Tensor) -> Tensor:
         return self.decomposition.merged(weight, self.vera)
+
+    @classmethod
+    def after_step(cls, config: DVoRAConfig, adapters: Mapping[str, Any], step: int, total_steps: int) -> None:
+        answer(dvora.decomposition for dvora in adapters.values())
 
     def peft_tensors(self) -> dict[str, Tensor]:
         return {**self.vera.peft_tensors(), "dvora_magnitude_vector": self.decomposition.m}

@@ -67,13 +67,14 @@ def rescale_rows(h: Tensor, bias: Tensor | None, g: Tensor, *, kept: bool = Fals
         bias: `b` [O], or None; it gets no gradient.
         g: The factors [O].
         kept: Whether what comes next keeps the result for its own backward pass, and does not write into it. Then the
-            result is written into `h`, and the gradient of `g` comes from it. Otherwise `h` is kept beside it.
+            result is written into `h`, and the gradient of `g` comes from it, for which no factor may be small (see
+            `has_small`). Otherwise `h` is kept beside it.
     """
     if torch.compiler.is_compiling():
         return rescaled(h, bias, g, written=False)
     if not torch.is_grad_enabled():
         return rescaled(h, bias, g, written=True)
-    written: Tensor = _Rescale.apply(h, bias, g, kept and not has_small(g))  # type: ignore[no-untyped-call]
+    written: Tensor = _Rescale.apply(h, bias, g, kept)  # type: ignore[no-untyped-call]
     return written
 
 
@@ -94,12 +95,12 @@ class Rescaling(NamedTuple):
 
 
 SMALLEST_RATIO = 1 / 64
-"""A factor of less takes the digits of `h − b` away that its own gradient needs: `h` is kept instead."""
+"""A factor of less takes the digits of `h − b` away that its own gradient needs."""
 
 
-def has_small(g: Tensor) -> bool:
-    """Returns whether a factor of `g` is too small for its gradient to be told from what it has scaled."""
-    return bool(g.detach().abs().min() < SMALLEST_RATIO)
+def has_small(g: Tensor) -> Tensor:
+    """Returns whether a factor of `g` [O] is too small for its gradient to be told from what it has scaled []."""
+    return g.detach().abs().min() < SMALLEST_RATIO
 
 
 def rescaled(h: Tensor, bias: Tensor | None, g: Tensor, *, written: bool) -> Tensor:

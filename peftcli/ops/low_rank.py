@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction, once_differentiable
 from torch.nn import functional as F
 
-from peftcli.ops.decomposition import Rescaling, has_small, rescaled, rescaling_gradients
+from peftcli.ops.decomposition import Rescaling, rescaled, rescaling_gradients
 
 RIDGE = 1e-8
 """What is added to the diagonal of A Aᵀ before it is inverted; PEFT's value."""
@@ -129,11 +129,9 @@ def forward_low_rank(
     """
     how = _as_one_node(layer, x, dropped, A, B, scale)
     if how is not None:
-        g = None if rescaling is None else rescaling.g
-        if rescaling is not None and rescaling.kept and not has_small(rescaling.g):
-            how = how._replace(kept=True)
+        g, kept = rescaling or (None, False)
         own = None if dropped is x else dropped
-        adapted: Tensor = _Adapted.apply(how, x, own, A, B, g)  # type: ignore[no-untyped-call]
+        adapted: Tensor = _Adapted.apply(how, x, own, A, B, g, kept)  # type: ignore[no-untyped-call]
         return adapted
     if dropped is x:
         x, u = read(x, A)
@@ -151,14 +149,12 @@ class _How(NamedTuple):
         bias: b [O], or None.
         scale: s.
         dtype: What is computed in.
-        kept: Whether what comes next keeps the rescaled rows.
     """
 
     weight: Tensor
     bias: Tensor | None
     scale: float
     dtype: torch.dtype
-    kept: bool = False
 
 
 def _as_one_node(layer: Layer, x: Tensor, dropped: Tensor, A: Tensor, B: Tensor, scale: float) -> _How | None:
@@ -178,20 +174,21 @@ def _as_one_node(layer: Layer, x: Tensor, dropped: Tensor, A: Tensor, B: Tensor,
 class _Adapted(torch.autograd.Function):
     """`forward_low_rank`: keeps `u`, the update's input if A trains, and of a rescaling one tensor as `rescale_rows`.
 
-    Its inputs are x, what is left of it by dropout (None for all), A, B and g (None where nothing is rescaled).
+    Its inputs are x, what is left of it by dropout (None for all), A, B, g (None where nothing is rescaled) and
+    whether the rescaled rows are kept.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, how: _How, x: Tensor, dropped: Tensor | None, A: Tensor, B: Tensor, g: Tensor | None
+        ctx: Any, how: _How, x: Tensor, dropped: Tensor | None, A: Tensor, B: Tensor, g: Tensor | None, kept: bool
     ) -> Tensor:
-        ctx.dtypes, ctx.scale, ctx.kept = (x.dtype, None if dropped is None else dropped.dtype), how.scale, how.kept
+        ctx.dtypes, ctx.scale, ctx.kept = (x.dtype, None if dropped is None else dropped.dtype), how.scale, kept
         x = x.to(how.dtype)
         source = x if dropped is None else dropped.to(how.dtype)
         h = F.linear(x, how.weight, how.bias)
         u = F.linear(source, A)
         h.view(-1, h.shape[-1]).addmm_(u.view(-1, u.shape[-1]), B.to(how.dtype).t(), alpha=how.scale)
-        y = h if g is None else rescaled(h, how.bias, g, written=how.kept)
+        y = h if g is None else rescaled(h, how.bias, g, written=kept)
         source_of_A = source if ctx.needs_input_grad[3] else None
         ctx.save_for_backward(source_of_A, u, how.weight, how.bias, A, B, g, None if g is None else h)
         return y
@@ -200,7 +197,7 @@ class _Adapted(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         source, u, weight, bias, A, B, g, z = ctx.saved_tensors
-        _, needs_x, needs_dropped, needs_A, needs_B, _ = ctx.needs_input_grad
+        _, needs_x, needs_dropped, needs_A, needs_B, *_ = ctx.needs_input_grad
         dtype_of_x, dtype_of_dropped = ctx.dtypes
         dh, dg = (dy, None) if g is None else rescaling_gradients(dy, z, bias, g, from_result=ctx.kept)
         rows = dh.reshape(-1, dh.shape[-1])
@@ -214,7 +211,7 @@ class _Adapted(torch.autograd.Function):
         dx = None if dx is None else dx.view(*dy.shape[:-1], A.shape[1]).to(dtype_of_x)
         dA = _product_of_tall(source.reshape(-1, source.shape[-1]), du).t().to(A.dtype) if needs_A else None
         dB = _product_of_tall(rows, u.view(-1, u.shape[-1])).mul_(ctx.scale).to(B.dtype) if needs_B else None
-        return None, dx, ddropped, dA, dB, dg
+        return None, dx, ddropped, dA, dB, dg, None
 
 
 def add_expanded(y: Tensor, u: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -254,7 +251,7 @@ class _AddExpanded(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         u, B = ctx.saved_tensors
-        _, needs_u, needs_B, _ = ctx.needs_input_grad
+        _, needs_u, needs_B, *_ = ctx.needs_input_grad
         rows = dy.reshape(-1, dy.shape[-1])
         du = (rows @ B).mul_(ctx.scale).view(u.shape) if needs_u else None
         dB = _product_of_tall(rows, u.reshape(-1, u.shape[-1])).mul_(ctx.scale) if needs_B else None

@@ -6,6 +6,7 @@ import torch
 from peftcli import inject
 from peftcli.checkpoint.adapter import attach, read_adapter, save_adapter
 from peftcli.errors import RecipeError
+from peftcli.methods import _decomposed
 from peftcli.ops import decomposition
 from peftcli.ops.dropout import dropout
 from tests.methods.building import (
@@ -488,3 +489,69 @@ def test_a_feed_forwards_input_side_keeps_what_its_activation_keeps(make_model, 
 
     (dora, others), (lora, _) = kept("dora"), kept("lora")
     assert dora == lora + ids.numel() * others
+
+
+# ---- what an accelerator is asked once a step ----
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_row_of_no_magnitude_still_learns(kept):
+    """From its result alone, a row that is 0 could not tell what it was."""
+    holder, x = adapted_holder("dora").train(), inputs("linear", torch.float64)
+    dora = holder.target.adapter.decomposition
+    dora.kept = kept
+    with torch.no_grad():
+        dora.m[3] = 0
+    weights = torch.randn_like(holder(x))
+    found = torch.autograd.grad(holder(x), dora.m, weights)[0]
+    _, _, _, _, V, n, _ = parts(holder)
+    assert_close(found, (weights * (x @ V.T)).flatten(0, -2).sum(0) / n, FP64)
+
+
+def cancelling_since_the_last_answer():
+    """Returns a holder whose even rows' updates cancel them but for a thousandth, since it was asked, and its norms."""
+    holder, _ = cancelling(1e-3)
+    holder.train()
+    dora = holder.target.adapter
+    dora.decomposition._loses_digits.last = False
+    A, B, s = (t.detach() if torch.is_tensor(t) else t for t in dora.lora.factors())
+    factored, _ = decomposition.factored_row_norms(dora.decomposition.c, base_of(holder).project(A), A, B, s)
+    direct = decomposition.direct_row_norms(holder.W, A, B, s)
+    assert not torch.equal(factored, direct)
+    return holder, factored.detach(), direct
+
+
+def test_an_accelerator_is_waited_for_once_a_step(monkeypatch):
+    monkeypatch.setattr(_decomposed, "AT_ONCE", ())
+    holder, factored, direct = cancelling_since_the_last_answer()
+    for _ in range(2):  # as when activations are recomputed
+        assert torch.equal(norms_of(holder), factored)
+    holder.target.adapter.after_step(None, {"target": holder.target.adapter}, 1, 2)
+    for _ in range(2):
+        assert torch.equal(norms_of(holder)[::2], direct[::2])
+
+
+def test_the_first_time_and_outside_of_training_it_is_waited_for_at_once(monkeypatch):
+    monkeypatch.setattr(_decomposed, "AT_ONCE", ())
+    for first in (True, False):
+        holder, _, direct = cancelling_since_the_last_answer()
+        if first:
+            holder.target.adapter.decomposition._loses_digits.last = None
+        else:
+            holder.eval()
+        assert torch.equal(norms_of(holder)[::2], direct[::2])
+
+
+def test_all_answers_come_with_one_transfer(monkeypatch):
+    monkeypatch.setattr(_decomposed, "AT_ONCE", ())
+    holders = [adapted_holder("dora").train() for _ in range(3)]
+    for holder in holders:
+        for _ in range(2):
+            holder(inputs("linear", torch.float64))
+    adapters = {str(i): holder.target.adapter for i, holder in enumerate(holders)}
+    transfers = []
+    own = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: transfers.append(len(self)) or own(self))
+    for _ in range(2):
+        holders[0].target.adapter.after_step(None, adapters, 1, 2)
+    assert transfers == [3]
