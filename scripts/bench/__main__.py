@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 PARTS = (
     *("end_to_end", "merging", "startup", "tokenization"),
-    *("loss", "methods", "breakdown", "memory", "packing", "execution", "scaling"),
+    *("loss", "methods", "breakdown", "overhead", "memory", "packing", "execution", "scaling"),
 )
 """The parts, in the order in which they run: those that start processes first, while this one is still small."""
 BY_ROW = ("execution", "scaling")

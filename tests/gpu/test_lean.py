@@ -5,11 +5,13 @@ import gc
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
+from peftcli import inject, methods
 from peftcli.ops import cross_entropy
 from peftcli.ops.cross_entropy import Work, chunked_cross_entropy, rows_for
 from peftcli.training import head, memory
-from tests.conftest import Recorder
+from tests.conftest import Recorder, tiny_llama_config
 from tests.gpu.conftest import DEVICE, REHEARSAL, losses, needs_cuda, needs_real_cuda
 from tests.tolerances import EXACT, HALF, LOSS_CURVE
 
@@ -110,3 +112,30 @@ def test_a_batch_size_that_fits_is_found_where_little_is_left(recipe, train, wid
     del taken
     assert facts["result"]["steps"] == 3
     assert any(" fits, " in note for note in recorder.notes)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "vera", "hydralora"])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
+def test_no_adapted_module_waits_for_the_gpu(method, precision):
+    """But the first time: a program that waits at every module leaves the GPU with nothing to do in between."""
+    config = methods.load(method).Config.model_validate({"type": method, "r": 4, "dropout": 0.1})
+    model = AutoModelForCausalLM.from_config(tiny_llama_config()).to(DEVICE, precision)
+    inject.graft(model, methods.load(method), config, seed=0)
+    modules = [module for _, module in inject.grafted_modules(model.train())]
+    autocast = torch.autocast(DEVICE.type, torch.bfloat16, enabled=precision == torch.bfloat16)
+
+    def passes():
+        for module in modules:
+            x = torch.randn(2, 8, module.in_features, device=DEVICE, dtype=precision, requires_grad=True)
+            with autocast:
+                y = module(x)
+            y.sum().backward()
+
+    passes()
+    if not REHEARSAL:
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        passes()
+    finally:
+        if not REHEARSAL:
+            torch.cuda.set_sync_debug_mode("default")
