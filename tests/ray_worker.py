@@ -82,7 +82,8 @@ def main(rank, count, port, recipe, run):
     worker.join()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    sys.exit(bool(failed))
+    sys.stderr.flush()
+    os._exit(bool(failed))  # as Ray ends its workers; connections' threads may abort an interpreter that is taken down
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def main() -> NoReturn:
     except SystemExit as ended:
         if ended.code == EXIT_INTERRUPTED_TWICE:  # Typer's end for Ctrl-C: here outside training, with nothing to save
             console.stderr.print("interrupted")
-        raise
+        _leave(ended.code if isinstance(ended.code, int) else int(ended.code is not None))
     except Exception:
         if "--debug" in sys.argv:
             sys.stderr.write(redacted(traceback.format_exc()))
@@ -82,14 +82,14 @@ def main() -> NoReturn:
             console.stderr.print(f"[bold red]error:[/] this is a bug in peftcli: {console.shown(_save_traceback())}")
             console.stderr.print("\n[bold cyan]hint:[/] report it with that file, which holds the traceback")
         _leave(EXIT_BUG)
-    sys.exit(0)
+    _leave(0)
 
 
 def _leave(exit_code: int) -> NoReturn:
     """Exits with `exit_code`; one process of several at once, without taking its interpreter down.
 
-    It leaves in the middle of a conversation with the others. The threads that held it are still there, and a C++
-    library that finds its threads alive as it is unloaded aborts the process, which would be another exit code.
+    The threads through which it talked with the others may still be there, always if it leaves in the middle of that. A
+    C++ library that finds its threads alive as it is unloaded aborts the process, which would be another exit code.
     """
     place = processes.here()
     if place.launched and place.count > 1:
