@@ -144,7 +144,7 @@ def start(launch: Launch, arguments: Sequence[str]) -> int:
         try:
             _run(launch, arguments, folder)
         except ChildFailedError as error:
-            if launch.per_machine == processes.num_done(Path(folder)):  # one aborted as its interpreter ended
+            if launch.per_machine == processes.num_done(Path(folder)):  # whatever ended one after that took nothing
                 return 0
             return _exit_code(Path(folder), error, launch.machines)
         except Exception as error:
