@@ -24,7 +24,16 @@ if TYPE_CHECKING:
     from peftcli.training.loop import Result
 
 MANIFEST_FILE = "manifest.json"
-PACKAGES = ("torch", "transformers", "datasets", "accelerate", "tokenizers", "safetensors", "bitsandbytes")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "datasets",
+    "accelerate",
+    "tokenizers",
+    "safetensors",
+    "bitsandbytes",
+    "liger-kernel",
+)
 RUN_FILES = (
     "recipe.yaml",
     "adapter_*",

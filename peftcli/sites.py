@@ -90,14 +90,21 @@ def dense_weight(module: Any, kind: Kind) -> Tensor:
     return weight if kind == "linear" else weight.t()
 
 
-def make_site(name: str, module: nn.Module, roles: frozenset[str] = frozenset(), width: int = 0) -> Site:
+def make_site(
+    name: str,
+    module: nn.Module,
+    roles: frozenset[str] = frozenset(),
+    width: int = 0,
+    *,
+    result_is_kept: bool = False,
+) -> Site:
     """Returns `module` as a method may know it; `width` is the length of a `module`'s inputs and outputs."""
     kind = kind_of(module)
     if kind is None:
         scale = getattr(module, "weight", None)
         features = len(scale) if isinstance(scale, Tensor) and scale.ndim == 1 else width
         device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
-        return Site(name, "module", features, features, False, device, _has_no_weight, roles, module.forward)
+        return Site(name, "module", features, features, False, device, _has_no_weight, roles, run=module.forward)
     weight: Any = module.weight
     if kind == "linear":
         out_features, in_features = int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
@@ -105,14 +112,15 @@ def make_site(name: str, module: nn.Module, roles: frozenset[str] = frozenset(),
         in_features, out_features = weight.shape
     has_bias = getattr(module, "bias", None) is not None
     dense = partial(dense_weight, module, kind)
-    return Site(name, kind, in_features, out_features, has_bias, weight.device, dense, roles, module.forward)
+    device, run = weight.device, module.forward
+    return Site(name, kind, in_features, out_features, has_bias, device, dense, roles, result_is_kept, run)
 
 
 def embedding_site(name: str, module: Any) -> Site:
     """Returns the input embedding, of whatever class, as a method may know it."""
     size, width = module.weight.shape
     device, dense = module.weight.device, partial(dense_weight, module, "embedding")
-    return Site(name, "embedding", size, width, False, device, dense, frozenset(), module.forward)
+    return Site(name, "embedding", size, width, False, device, dense, run=module.forward)
 
 
 def model_site(model: Any) -> Site:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,11 +34,22 @@ def find_sites(model: nn.Module, method: type[Method], config: MethodConfig) -> 
     if choice.problems:
         raise RecipeError.of(choice.problems)
     roles, width = architectures.roles_of(model), _width(model)
-    return [
-        make_site(name, module, frozenset(roles.get(name, ())), width)
-        for name, module in choice.modules.items()
-        if name in chosen
-    ]
+    made = []
+    for name, module in choice.modules.items():
+        if name in chosen:
+            own = frozenset(roles.get(name, ()))
+            made.append(make_site(name, module, own, width, result_is_kept=_is_kept(model, name, own)))
+    return made
+
+
+def _is_kept(model: nn.Module, name: str, roles: Collection[str]) -> bool:
+    """Returns `result_is_kept` of the module called `name`.
+
+    What reads a feed-forward's input goes into an activation or a product, which keep it. Where a sum or a rotation
+    comes next, nothing keeps the result, and some models write into it. So do kernels that were put in their place.
+    """
+    caller = model.get_submodule(name.rpartition(".")[0])
+    return "feed_forward_input" in roles and caller.forward.__module__.startswith("transformers.")
 
 
 def _input_embedding(model: Any) -> Site:

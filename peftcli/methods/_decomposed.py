@@ -103,9 +103,7 @@ class Decomposition(nn.Module):
         super().__init__()
         self.detach_norm = config.detach_norm
         self.dropout_mode = config.dropout_mode
-        # What reads a feed-forward's input goes into an activation or a product, which keep it. Where a sum or a
-        # rotation comes next, nothing keeps the result, and some models write into it.
-        self.kept = "feed_forward_input" in site.roles
+        self.kept = site.result_is_kept
         if site.device.type == "meta":
             c = torch.empty(site.out_features, device="meta")
         else:

@@ -65,6 +65,8 @@ class Site:
         dense: Returns `W` [O, I] in float32, from whatever storage the base uses. Costs memory: call it in
             `__init__` only, and keep nothing of its size.
         roles: What the module does in its layer, such as `key`; empty where the architecture is not known.
+        result_is_kept: Whether what comes next keeps the module's result for its own backward pass, and never writes
+            into it: then an adapter may keep it too, and it costs nothing.
         run: The module's own frozen forward, for what an adapter's start is computed from.
         attention: The model's attention shape, for a site that is the model; None where layers differ in it.
         make_cache: Returns an empty cache of keys and values such as the model makes for itself, for such a site.
@@ -79,6 +81,7 @@ class Site:
     device: torch.device
     dense: Callable[[], Tensor]
     roles: frozenset[str] = frozenset()
+    result_is_kept: bool = False
     run: Callable[..., Any] | None = None
     attention: Attention | None = None
     make_cache: Callable[[], Any] | None = None

@@ -97,6 +97,7 @@ OTHER_NAMES: dict[str, str] = {
     "training.activation_offloading": "activation_offload offload_activations enable_activation_offloading"
     " gradient_checkpointing_offload",
     "training.torch_compile": "compile use_compile torchcompile compile_model use_torch_compile regional_compilation",
+    "training.use_liger_kernel": "liger liger_kernel liger_kernels enable_liger_kernel use_liger",
     "training.logging_steps": "log_every log_every_n_steps log_interval logging_interval",
     "training.eval_steps": "eval_every eval_interval evals_per_epoch evaluation_steps eval_freq",
     "training.save_steps": "save_every save_interval saves_per_epoch checkpoint_every save_freq checkpointing_steps",
@@ -182,7 +183,9 @@ UNAVAILABLE: dict[str, str] = {
     "it follows from training.max_steps or training.num_train_epochs": "total_step",
     "the bank and the logits start as in the paper": "init_vector_bank_bound init_logits_std",
     "waveft has Haar's wavelet alone, PEFT's db1": "wavelet_family wavelet",
-    "the Liger kernels are not used": "liger use_liger_kernel enable_liger_kernel liger_kernel",
+    "Liger's kernels replace all they can but the head and the loss, which are peftcli's": "liger_kernel_config"
+    " liger_rope liger_rms_norm liger_glu_activation liger_swiglu liger_layer_norm liger_cross_entropy"
+    " liger_fused_linear_cross_entropy",
     "the chat template is the tokenizer's own": "chat_template tokenizer_config",
     "the tokenizer is the model's own": "tokenizer tokenizer_name tokenizer_type tokenizer_path special_tokens",
     "a recipe gives no reward or preference data: peftcli trains on examples": "rl dpo beta reward_model loss_type"

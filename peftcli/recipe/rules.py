@@ -115,6 +115,10 @@ def broken_rules(values: Mapping[str, Any], locate: Locate) -> Iterator[Problem]
         message = "training.torch_compile: DeepSpeed's hooks around a layer cannot be compiled"
         hint = "set it to false, or distributed.strategy to ddp or fsdp2"
         yield Problem(message, locate(("training", "torch_compile")), hint)
+    liger, compiled = ("training", "use_liger_kernel"), ("training", "torch_compile")
+    if given(values, liger) is True and given(values, compiled) is True:
+        message = "training.use_liger_kernel: torch_compile makes kernels of the same operations"
+        yield Problem(message, locate(liger), f"remove one of them; torch_compile is at {locate(compiled)}")
     yield from _layout_problems(values, locate)
     yield from _optimizer_problems(values, locate)
     yield from _task_problems(values, locate)

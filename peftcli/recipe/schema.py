@@ -260,6 +260,11 @@ class TrainingSection(Section):
         default=False,
         description="Compile the model's layers in the first steps, which takes a minute and needs a C++ compiler.",
     )
+    use_liger_kernel: bool = Field(
+        default=False,
+        description="Compute norms, rotations and activations of the base with the kernels of the package "
+        "liger-kernel; for GPUs.",
+    )
     logging_steps: int = Field(default=10, gt=0, description="Steps between two lines of metrics.")
     eval_steps: int | None = Field(
         default=None,

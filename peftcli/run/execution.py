@@ -8,6 +8,7 @@ import torch
 
 from peftcli import sharding
 from peftcli.errors import HostError, ModelError
+from peftcli.models import liger
 from peftcli.training import checks, compiling, offloading, zero
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ def require(settings: TrainingSection, device: torch.device) -> None:
         compiling.require_compiler(device)
     if settings.activation_offloading:
         offloading.require_device(device)
+    if settings.use_liger_kernel:
+        liger.require(device)
 
 
 def set_up(model: PreTrainedModel, settings: TrainingSection, device: torch.device, *, fills_cache: bool) -> None:

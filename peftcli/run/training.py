@@ -17,6 +17,7 @@ from peftcli.data.batching import Batcher, PackBatcher
 from peftcli.data.meaning import write_meaning
 from peftcli.data.packing import PackPlan
 from peftcli.data.preview import Segment, render
+from peftcli.models import liger
 from peftcli.recipe import LoadedRecipe, Recipe
 from peftcli.reporting import Reporter, Silent
 from peftcli.run import RECIPE_FILE, execution, remarks
@@ -166,6 +167,8 @@ def _open_job(
     # What is to be spread need not fit on one device: it goes there layer by layer.
     home = torch.device("cpu") if spread else None
     model, fresh = load_weights(base, group.device, wanted.training.seed, reporter, wide=fit.trains_base, hold_on=home)
+    if wanted.training.use_liger_kernel:
+        reporter.note(liger.put_in(model))
     longest = longest_sample(prepared) + num_virtual
     joins = settle_joining(wanted, model, group.device, longest, method.obstacle(config, "flat"), reporter)
     finish = remarks.finish_of(wanted.model.task, model, reporter)

@@ -64,6 +64,19 @@ def test_offloading_saves_memory(recipe, run, wide_folder):
     assert offloaded < plain
 
 
+@needs_real_cuda
+@pytest.mark.parametrize("base", ["none", "nf4"])
+@pytest.mark.parametrize("method", ["lora", "dora", "vera", "hydralora"])
+@each_precision
+def test_ligers_kernels_learn_the_same(precision, method, base, recipe, run):
+    pytest.importorskip("liger_kernel", reason="needs the package liger-kernel")
+    path = recipe(method={"type": method, "r": 4}, quantization={"type": base})
+    wanted = f"training.mixed_precision={precision}"
+    plain, _ = run(path, "plain", wanted)
+    with_kernels, _ = run(path, "kernels", wanted, "training.use_liger_kernel=true")
+    assert with_kernels == pytest.approx(plain, rel=TOLERANCE[precision])
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @each_precision
 def test_joined_samples_do_not_see_each_other(precision, attention, recipe, run):
