@@ -116,24 +116,24 @@ class Decomposition(nn.Module):
 
     def output(self, base: Base, x: Tensor, inner: LowRank | None) -> Tensor:
         """Returns `x W'ᵀ + b` [..., O]; the bias is never scaled."""
-        g = decomposition.magnitude_ratio(self.m, self.norms(base, inner))
+        n = self.norms(base, inner)
         if inner is not None and self._drops_all(base, inner):
-            return self._output_as_in_paper(base, x, inner, g)
-        kept = self.kept and self._can_be_kept(g)
+            return self._output_as_in_paper(base, x, inner, decomposition.magnitude_ratio(self.m, n))
+        rescaling = Rescaling(self.m, n, self.kept and self._can_be_kept(n))
         if inner is not None:
-            return inner.forward(base, x, Rescaling(g, kept))
+            return inner.forward(base, x, rescaling)
         h = base.forward(x)
-        return decomposition.rescale_rows(h, base.bias, g, kept=kept and may_be_written(h))
+        return rescaling._replace(kept=rescaling.kept and may_be_written(h))(h, base.bias)
 
     def _drops_all(self, base: Base, inner: LowRank) -> bool:
         """Returns whether the base's inputs are dropped too."""
         return self.dropout_mode == "paper" and self.training and bool(inner.dropout) and base.kind != "embedding"
 
-    def _can_be_kept(self, g: Tensor) -> bool:
-        """Returns whether the gradient of `g` can be told from the result."""
+    def _can_be_kept(self, n: Tensor) -> bool:
+        """Returns whether the gradient of the factors `m ⊘ n` can be told from the result."""
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return False
-        return not self._has_small.holds(decomposition.has_small(g), training=self.training)
+        return not self._has_small.holds(decomposition.has_small(self.m, n), training=self.training)
 
     def norms(self, base: Base, inner: LowRank | None) -> Tensor:
         """Returns `n` [O], the row norms of `V`, in float32 or wider.

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from peftcli.ops.precision import cast
+
 CANCELLATION_LIMIT = 2e-3
 """Below this share of c, n² has lost so many digits that it is computed directly instead. Only an update that is about
 as long as its row can bring it there, so that c stands for the size of all terms."""
@@ -31,7 +33,7 @@ def factored_row_norms(c: Tensor, WA: Tensor, A: Tensor, B: Tensor, scale: float
     form follows from expanding the square.)
     """
     wide = torch.promote_types(A.dtype, torch.float32)
-    WA, A, B, c = WA.to(wide), A.to(wide), B.to(wide), c.to(wide)
+    WA, A, B, c = cast(WA, wide), cast(A, wide), cast(B, wide), cast(c, wide)
     # On its side, as `Base.project` has computed it: seen that way, nothing is copied.
     terms = torch.addmm(WA.t(), A @ A.t(), B.t(), beta=2 * scale, alpha=scale**2)
     squared = c + (terms * B.t()).sum(dim=0)
@@ -54,6 +56,12 @@ def magnitude_ratio(m: Tensor, n: Tensor) -> Tensor:
     """Returns `g = m ⊘ n` [O]; 1 where the row is zero, so that such a row passes its V instead of NaN."""
     zero = n == 0
     return torch.addcdiv(zero.to(m.dtype), m, n.masked_fill(zero, torch.inf))
+
+
+def ratio_gradients(dg: Tensor, g: Tensor, n: Tensor, *, needs_n: bool) -> tuple[Tensor, Tensor | None]:
+    """Returns the gradients of `magnitude_ratio`'s m and, where it is needed, n [O]; 0 where the row is zero."""
+    dm = dg / n.masked_fill(n == 0, torch.inf)
+    return dm, -dm * g if needs_n else None
 
 
 def rescale_rows(h: Tensor, bias: Tensor | None, g: Tensor, *, kept: bool = False) -> Tensor:
@@ -81,32 +89,36 @@ def rescale_rows(h: Tensor, bias: Tensor | None, g: Tensor, *, kept: bool = Fals
 class Rescaling(NamedTuple):
     """What `rescale_rows` needs to know beside what it rescales.
 
+    The factors are `magnitude_ratio(m, n)`.
+
     Attributes:
-        g: The factors [O].
+        m: The magnitudes [O].
+        n: The norms [O].
         kept: Whether what comes next keeps the result.
     """
 
-    g: Tensor
+    m: Tensor
+    n: Tensor
     kept: bool
 
     def __call__(self, h: Tensor, bias: Tensor | None) -> Tensor:
         """Returns the rescaled rows of `h`, see `rescale_rows`."""
-        return rescale_rows(h, bias, self.g, kept=self.kept)
+        return rescale_rows(h, bias, magnitude_ratio(self.m, self.n), kept=self.kept)
 
 
 SMALLEST_RATIO = 1 / 64
 """A factor of less takes the digits of `h − b` away that its own gradient needs."""
 
 
-def has_small(g: Tensor) -> Tensor:
-    """Returns whether a factor of `g` [O] is too small for its gradient to be told from what it has scaled []."""
-    return g.detach().abs().min() < SMALLEST_RATIO
+def has_small(m: Tensor, n: Tensor) -> Tensor:
+    """Returns whether a factor `m ⊘ n` is too small for its gradient to be told from what it has scaled []."""
+    return (m.detach().abs() < SMALLEST_RATIO * n.detach()).any()
 
 
 def rescaled(h: Tensor, bias: Tensor | None, g: Tensor, *, written: bool) -> Tensor:
     """Returns `rescale_rows` without a gradient, in `h`'s dtype, and in `h` itself if it is to be `written`."""
     centred = h if bias is None else h - bias
-    return h.addcmul_(centred, g - 1) if written else torch.addcmul(h, centred, g - 1).to(h.dtype)
+    return h.addcmul_(centred, g - 1) if written else cast(torch.addcmul(h, centred, g - 1), h.dtype)
 
 
 def rescaling_gradients(
@@ -122,13 +134,13 @@ def rescaling_gradients(
         from_result: Whether `z` is the result.
     """
     rows, wide = dy.reshape(-1, dy.shape[-1]), torch.promote_types(dy.dtype, g.dtype)
-    product = z.reshape(rows.shape).to(wide) * rows
+    product = cast(z.reshape(rows.shape), wide) * rows
     summed = product.sum(dim=0)
     if bias is not None:
         summed = summed - bias * rows.sum(dim=0, dtype=wide)
     # Where nothing is rounded, into the product, which has done its work: one tensor of [..., O] less.
     dh = torch.mul(rows, g, out=product) if wide == dy.dtype else (g * rows).to(dy.dtype)
-    return dh.view(dy.shape), (summed / g if from_result else summed).to(g.dtype)
+    return dh.view(dy.shape), cast(summed / g if from_result else summed, g.dtype)
 
 
 class _Rescale(torch.autograd.Function):

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction, once_differentiable
 from torch.nn import functional as F
 
-from peftcli.ops.decomposition import Rescaling, rescaled, rescaling_gradients
+from peftcli.ops.decomposition import Rescaling, magnitude_ratio, ratio_gradients, rescaled, rescaling_gradients
+from peftcli.ops.precision import cast
 
 RIDGE = 1e-8
 """What is added to the diagonal of A Aᵀ before it is inverted; PEFT's value."""
@@ -77,13 +78,21 @@ class _Read(torch.autograd.Function):
         return dx, dA
 
 
-def _product_of_tall(wide: Tensor, narrow: Tensor) -> Tensor:
-    """Returns `wideᵀ narrow` [N, R] for `wide` [T, N] and `narrow` [T, R].
+def _product_of_tall(wide: Tensor, narrow: Tensor, scale: float = 1.0) -> Tensor:
+    """Returns `s·wideᵀ narrow` [N, R] for `wide` [T, N] and `narrow` [T, R].
 
     Seen on a CPU: below a rank of 16 it takes two to six times as long as its transpose does, and from 16 on, for wide
     layers, two thirds of it.
     """
-    return wide.t() @ narrow if narrow.shape[-1] >= 16 else (narrow.t() @ wide).t()
+    as_it_is = narrow.shape[-1] >= 16
+    left, right = (wide.t(), narrow) if as_it_is else (narrow.t(), wide)
+    product = left @ right if scale == 1 else _scaled_product(left, right, scale)
+    return product if as_it_is else product.t()
+
+
+def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """Returns `s·left right` in one pass; with a beta of 0, what it is added to is not even read."""
+    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
 
 
 def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -127,11 +136,11 @@ def forward_low_rank(
         scale: s.
         rescaling: What is done to the rows of `h`, if anything.
     """
-    how = _as_one_node(layer, x, dropped, A, B, scale)
+    m, n, kept = rescaling or (None, None, False)
+    how = _as_one_node(layer, x, dropped, A, B, scale, kept)
     if how is not None:
-        g, kept = rescaling or (None, False)
         own = None if dropped is x else dropped
-        adapted: Tensor = _Adapted.apply(how, x, own, A, B, g, kept)  # type: ignore[no-untyped-call]
+        adapted: Tensor = _Adapted.apply(how, x, own, A, B, m, n)  # type: ignore[no-untyped-call]
         return adapted
     if dropped is x:
         x, u = read(x, A)
@@ -148,16 +157,20 @@ class _How(NamedTuple):
         weight: W [O, I].
         bias: b [O], or None.
         scale: s.
+        kept: Whether the rescaled rows are kept.
         dtype: What is computed in.
     """
 
     weight: Tensor
     bias: Tensor | None
     scale: float
+    kept: bool
     dtype: torch.dtype
 
 
-def _as_one_node(layer: Layer, x: Tensor, dropped: Tensor, A: Tensor, B: Tensor, scale: float) -> _How | None:
+def _as_one_node(
+    layer: Layer, x: Tensor, dropped: Tensor, A: Tensor, B: Tensor, scale: float, kept: bool
+) -> _How | None:
     """Returns how a node computes that has the layer's own product in it; None where there can be no such node."""
     weight, bias = layer.weight, layer.bias
     if weight is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -166,52 +179,62 @@ def _as_one_node(layer: Layer, x: Tensor, dropped: Tensor, A: Tensor, B: Tensor,
         return None
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        return _How(weight, bias, scale, dtype) if weight.dtype == dtype else None
+        return _How(weight, bias, scale, kept, dtype) if weight.dtype == dtype else None
     fits = weight.dtype == x.dtype == dropped.dtype == A.dtype == B.dtype
-    return _How(weight, bias, scale, A.dtype) if fits else None
+    return _How(weight, bias, scale, kept, A.dtype) if fits else None
 
 
 class _Adapted(torch.autograd.Function):
     """`forward_low_rank`: keeps `u`, the update's input if A trains, and of a rescaling one tensor as `rescale_rows`.
 
-    Its inputs are x, what is left of it by dropout (None for all), A, B, g (None where nothing is rescaled) and
-    whether the rescaled rows are kept.
+    Its inputs are x, what is left of it by dropout (None for all), A, B, and m and n (None where nothing is rescaled).
     """
 
     @staticmethod
     def forward(
-        ctx: Any, how: _How, x: Tensor, dropped: Tensor | None, A: Tensor, B: Tensor, g: Tensor | None, kept: bool
+        ctx: Any,
+        how: _How,
+        x: Tensor,
+        dropped: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        m: Tensor | None,
+        n: Tensor | None,
     ) -> Tensor:
-        ctx.dtypes, ctx.scale, ctx.kept = (x.dtype, None if dropped is None else dropped.dtype), how.scale, kept
-        x = x.to(how.dtype)
-        source = x if dropped is None else dropped.to(how.dtype)
+        ctx.dtypes, ctx.scale, ctx.kept = (x.dtype, None if dropped is None else dropped.dtype), how.scale, how.kept
+        x = cast(x, how.dtype)
+        source = x if dropped is None else cast(dropped, how.dtype)
         h = F.linear(x, how.weight, how.bias)
         u = F.linear(source, A)
-        h.view(-1, h.shape[-1]).addmm_(u.view(-1, u.shape[-1]), B.to(how.dtype).t(), alpha=how.scale)
-        y = h if g is None else rescaled(h, how.bias, g, written=kept)
+        h.view(-1, h.shape[-1]).addmm_(u.view(-1, u.shape[-1]), cast(B, how.dtype).t(), alpha=how.scale)
+        g = None if m is None or n is None else magnitude_ratio(m, n)
+        y = h if g is None else rescaled(h, how.bias, g, written=how.kept)
         source_of_A = source if ctx.needs_input_grad[3] else None
-        ctx.save_for_backward(source_of_A, u, how.weight, how.bias, A, B, g, None if g is None else h)
+        ctx.save_for_backward(source_of_A, u, how.weight, how.bias, A, B, g, n, None if g is None else h)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        source, u, weight, bias, A, B, g, z = ctx.saved_tensors
-        _, needs_x, needs_dropped, needs_A, needs_B, *_ = ctx.needs_input_grad
+        source, u, weight, bias, A, B, g, n, z = ctx.saved_tensors
+        _, needs_x, needs_dropped, needs_A, needs_B, _, needs_n = ctx.needs_input_grad
         dtype_of_x, dtype_of_dropped = ctx.dtypes
-        dh, dg = (dy, None) if g is None else rescaling_gradients(dy, z, bias, g, from_result=ctx.kept)
-        rows = dh.reshape(-1, dh.shape[-1])
-        du = (rows @ B.to(rows.dtype)).mul_(ctx.scale)
+        dh, dm, dn = dy, None, None
+        if g is not None:
+            dh, dg = rescaling_gradients(dy, z, bias, g, from_result=ctx.kept)
+            dm, dn = ratio_gradients(dg, g, n, needs_n=needs_n)
+        rows, u = dh.reshape(-1, dh.shape[-1]), u.view(-1, u.shape[-1])
+        du = _scaled_product(rows, cast(B, rows.dtype), ctx.scale)
         dx = rows @ weight if needs_x else None
         ddropped = None
         if needs_dropped:
-            ddropped = (du @ A.to(du.dtype)).view(*dy.shape[:-1], A.shape[1]).to(dtype_of_dropped)
+            ddropped = cast((du @ cast(A, du.dtype)).view(*dy.shape[:-1], A.shape[1]), dtype_of_dropped)
         elif dx is not None and dtype_of_dropped is None:
-            dx.addmm_(du, A.to(du.dtype))
-        dx = None if dx is None else dx.view(*dy.shape[:-1], A.shape[1]).to(dtype_of_x)
-        dA = _product_of_tall(source.reshape(-1, source.shape[-1]), du).t().to(A.dtype) if needs_A else None
-        dB = _product_of_tall(rows, u.view(-1, u.shape[-1])).mul_(ctx.scale).to(B.dtype) if needs_B else None
-        return None, dx, ddropped, dA, dB, dg, None
+            dx.addmm_(du, cast(A, du.dtype))
+        dx = None if dx is None else cast(dx.view(*dy.shape[:-1], A.shape[1]), dtype_of_x)
+        dA = cast(_product_of_tall(source.reshape(-1, source.shape[-1]), du).t(), A.dtype) if needs_A else None
+        dB = cast(_product_of_tall(rows, u, ctx.scale), B.dtype) if needs_B else None
+        return None, dx, ddropped, dA, dB, dm, dn
 
 
 def add_expanded(y: Tensor, u: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -253,8 +276,8 @@ class _AddExpanded(torch.autograd.Function):
         u, B = ctx.saved_tensors
         _, needs_u, needs_B, *_ = ctx.needs_input_grad
         rows = dy.reshape(-1, dy.shape[-1])
-        du = (rows @ B).mul_(ctx.scale).view(u.shape) if needs_u else None
-        dB = _product_of_tall(rows, u.reshape(-1, u.shape[-1])).mul_(ctx.scale) if needs_B else None
+        du = _scaled_product(rows, B, ctx.scale).view(u.shape) if needs_u else None
+        dB = _product_of_tall(rows, u.reshape(-1, u.shape[-1]), ctx.scale) if needs_B else None
         return dy, du, dB, None
 
 

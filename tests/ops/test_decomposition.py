@@ -148,10 +148,11 @@ def test_the_gradients_of_rescaling(shape, biased, kept):
 
 def test_which_factors_are_small():
     """From its result alone, a row that is 0 could not tell what it was."""
-    g = torch.tensor([1.0, -ops.SMALLEST_RATIO, 3.0])
-    assert not ops.has_small(g)
-    assert ops.has_small(g * 0.99)
-    assert ops.has_small(torch.tensor([1.0, 0.0]))
+    m, n = torch.tensor([2.0, -2 * ops.SMALLEST_RATIO, 3.0]), torch.tensor([2.0, 2.0, 1.0])
+    assert not ops.has_small(m, n)
+    assert ops.has_small(m * 0.99, n)
+    assert ops.has_small(torch.tensor([1.0, 0.0]), torch.ones(2))
+    assert not ops.has_small(torch.zeros(2), torch.zeros(2))  # which pass as they are
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16], ids=str)

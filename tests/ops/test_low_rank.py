@@ -312,23 +312,23 @@ def opaque(W, b=None):
 
 
 def leaves_of(dtype=torch.float64, frozen=(), tokens=(2, 4)):
-    """Returns x, what dropout has made of it, A, B and g, which want gradients unless they are `frozen`."""
-    shapes = {"x": (*tokens, I), "dropped": (*tokens, I), "A": (R, I), "B": (O, R), "g": (O,)}
+    """Returns x, what dropout has made of it, A, B, m and n, which want gradients unless they are `frozen`."""
+    shapes = {"x": (*tokens, I), "dropped": (*tokens, I), "A": (R, I), "B": (O, R), "m": (O,), "n": (O,)}
     found = {name: torch.randn(shape, dtype=dtype) for name, shape in shapes.items()}
-    found["g"] = found["g"].abs() + 0.5
+    found |= {name: found[name].abs() + 0.5 for name in ("m", "n")}
     return {name: tensor.requires_grad_(name not in frozen) for name, tensor in found.items()}
 
 
-def adapted(layer, x, dropped, A, B, g, *, drops=True, rescales=True, kept=False):
+def adapted(layer, x, dropped, A, B, m, n, *, drops=True, rescales=True, kept=False):
     """Returns `forward_low_rank` of what of its inputs is wanted."""
-    rescaling = Rescaling(g, kept) if rescales else None
+    rescaling = Rescaling(m, n, kept) if rescales else None
     return forward_low_rank(layer, x, dropped if drops else x, A, B, S, rescaling)
 
 
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("drops", [True, False])
 @pytest.mark.parametrize(("rescales", "kept"), [(False, False), (True, False), (True, True)])
-@pytest.mark.parametrize("frozen", [(), ("x", "dropped"), ("A",), ("B", "g")], ids=str)
+@pytest.mark.parametrize("frozen", [(), ("x", "dropped"), ("A",), ("B", "m"), ("n",)], ids=str)
 @pytest.mark.parametrize("tokens", [(2, 4), (5,), (), (1, 0)], ids=str)
 def test_one_node_is_what_several_are(biased, drops, rescales, kept, frozen, tokens):
     W, b = torch.randn(O, I, dtype=torch.float64), torch.randn(O, dtype=torch.float64) if biased else None
@@ -358,6 +358,20 @@ def test_the_gradients_of_one_node(drops, kept):
     assert torch.autograd.gradcheck(run, tuple(leaves_of().values()))
 
 
+def test_a_row_of_no_length_passes_as_it_is_and_gives_its_magnitude_no_gradient():
+    W, leaves = torch.randn(O, I, dtype=torch.float64), leaves_of()
+    with torch.no_grad():
+        leaves["n"][0] = 0
+    results = []
+    for layer in (plain(W), opaque(W)):
+        y = adapted(layer, **leaves)
+        results.append((y, *torch.autograd.grad(y.square().sum(), [leaves["m"], leaves["n"]])))
+    for one, several in zip(*results, strict=True):
+        assert_close(one, several, EXACT[torch.float64])
+    assert_close(results[0][0][..., 0], adapted(plain(W), **leaves, rescales=False)[..., 0], EXACT[torch.float64])
+    assert results[0][1][0] == results[0][2][0] == 0
+
+
 def test_what_one_node_keeps(kept_shapes):
     """The weight, which is there; u; the update's input if A trains; of a rescaling one tensor; and no second input."""
     W, leaves = torch.randn(O, I, dtype=torch.float64), leaves_of()
@@ -371,7 +385,7 @@ def test_what_one_node_keeps(kept_shapes):
     results = []
     for kept in (True, False):
         found = kept_shapes(lambda kept=kept: results.append(adapted(plain(W), **leaves, drops=False, kept=kept)))
-        assert sorted(found) == sorted([*always, (2, 4, I), (O,), (2, 4, O)])
+        assert sorted(found) == sorted([*always, (2, 4, I), (O,), (O,), (2, 4, O)])
 
 
 @pytest.mark.parametrize("drops", [True, False])
