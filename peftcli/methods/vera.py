@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from peftcli.methods._protocol import Base, Kind, Method, Shared, Site, Targets
 from peftcli.ops.decomposition import Rescaling
 from peftcli.ops.dropout import dropout
-from peftcli.ops.low_rank import add_expanded, merged_low_rank, thin
+from peftcli.ops.low_rank import merged_low_rank, thin
+from peftcli.ops.vectors import add_scaled, scaled
 
 
 class VeRAConfig(Targets):
@@ -101,11 +102,11 @@ class VeRA(Method):
         )
 
     def forward(self, base: Base, x: Tensor, rescaling: Rescaling | None = None) -> Tensor:
-        A, B, scale = self.factors()
+        A, B = self._pair()
         p = self.dropout if self.training else 0.0
         key = p, torch.is_autocast_enabled(x.device.type)
         u = self.shared_input.once(self.name, x, key, lambda: thin(dropout(x, p), A))  # A is the same for all
-        h = add_expanded(base.forward(x), u, B, scale)
+        h = add_scaled(base.forward(x), u, self.b, B, self.d)
         return h if rescaling is None else rescaling(h, base.bias)
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
@@ -114,10 +115,14 @@ class VeRA(Method):
         Both vectors scale B, none A: a frozen A needs no inputs for a gradient, so training keeps `x Aᵀ` [..., r] and
         neither `x` nor anything of the output's size.
         """
+        A, B = self._pair()
+        return A, scaled(self.b, B, self.d), 1.0
+
+    def _pair(self) -> tuple[Tensor, Tensor]:
+        """Returns this site's slices of the shared pair: `A` [r, I] and `B` [O, r]."""
         shared = self._shared[0]
         assert isinstance(shared, Projections)
-        A, B = shared.A[:, : self.in_features], shared.B[: self.out_features]
-        return A, self.b[:, None] * B * self.d, 1.0
+        return shared.A[:, : self.in_features], shared.B[: self.out_features]
 
     def merged(self, weight: Tensor) -> Tensor:
         return merged_low_rank(weight, *self.factors())
