@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from scripts.bench import timing
@@ -64,22 +65,23 @@ def targets_of(row: str) -> str:
     return r".*[qv]_proj" if row == "vera" else ALL_LINEAR
 
 
-def llama(num_layers: int = 8, *, small: bool = False) -> torch.nn.Module:
-    """Returns the model; a `small` one, of one layer, where it only matters that it is measured."""
+def llama(
+    num_layers: int = 8, *, small: bool = False, sizes: Mapping[str, int] = MappingProxyType({})
+) -> torch.nn.Module:
+    """Returns the model, or one of other `sizes`; a `small` one, of one layer, where it only matters that it is run."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=256 if small else 512,
-        intermediate_size=256 if small else 1408,
-        num_hidden_layers=1 if small else num_layers,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        vocab_size=8192,
-        use_cache=False,
-    )
-    model: torch.nn.Module = LlamaForCausalLM(config)
+    own: dict[str, Any] = {
+        "hidden_size": 256 if small else 512,
+        "intermediate_size": 256 if small else 1408,
+        "num_hidden_layers": 1 if small else num_layers,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "vocab_size": 8192,
+    }
+    model: torch.nn.Module = LlamaForCausalLM(LlamaConfig(**own | dict(sizes), use_cache=False))
     return model.float().train()
 
 
@@ -131,17 +133,18 @@ def peft(row: str, targets: str) -> Callable[[torch.nn.Module], torch.nn.Module]
     return lambda model: get_peft_model(model, settings)
 
 
-def step(model: Any, ids: torch.Tensor) -> Callable[[], None]:
-    """Returns one training step of `model` on `ids`."""
+def step(model: Any, ids: torch.Tensor, *, optimizes: bool = True) -> Callable[[], None]:
+    """Returns one training step of `model` on `ids`; its passes alone unless it `optimizes`."""
     import torch
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True) if trained else None
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True) if trained and optimizes else None
 
     def one() -> None:
         model(input_ids=ids, labels=ids).loss.backward()
         if optimizer is not None:
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        for parameter in trained:
+            parameter.grad = None
 
     return one
