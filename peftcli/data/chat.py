@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from peftcli.data.formats import BadRow, checked_text
+from peftcli.data.formats import BadRow, checked_text, missing
 from peftcli.data.readers import type_name
 from peftcli.data.rows import Row
 from peftcli.errors import DataError, ModelError, did_you_mean
@@ -60,9 +60,11 @@ def messages_of(row: Row) -> list[Message]:
         BadRow: The messages are not a list of known roles with text, or hold nothing to learn.
     """
     name = "messages" if "messages" in row else "conversations"
-    turns = row.get(name)
+    if name not in row:
+        raise missing(row, "messages")
+    turns = row[name]
     if not isinstance(turns, list):
-        raise BadRow(f"{name} is {type_name(turns)}, not a list" if name in row else "messages is missing")
+        raise BadRow(f"{name} is {type_name(turns)}, not a list")
     messages = [_message(turn, f"{name}[{i}]") for i, turn in enumerate(turns)]
     if not any(message["role"] == "assistant" for message in messages):
         raise BadRow(f"{name} has no assistant turn, so there is nothing to learn")

@@ -208,11 +208,18 @@ def alpaca_prompt(instruction: str, given: str = "") -> str:
 def text_field(row: Row, name: str) -> str:
     """Returns a field that must be text and not blank."""
     if name not in row:
-        raise BadRow(f"{name} is missing")
+        raise missing(row, name)
     value = checked_text(row[name], name)
     if not value.strip():
         raise BadRow(f"{name} is empty", "fill in the field or take the row out")
     return value
+
+
+def missing(row: Row, name: str) -> BadRow:
+    """Returns what to say of a row without the field `name`."""
+    columns = [str(column) for column in row]
+    has = f"the row has {', '.join(columns)}" if columns else "the row has no fields"
+    return BadRow(f"{name} is missing", did_you_mean(name, columns) or f"{has}; fill the field in or take the row out")
 
 
 def checked_text(value: Any, name: str) -> str:

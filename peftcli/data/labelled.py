@@ -14,7 +14,7 @@ import numpy as np
 
 from peftcli.data.chat import end_of_text
 from peftcli.data.dataset import IGNORED, Sample, Target
-from peftcli.data.formats import BadRow, Example, checked_text, text_field
+from peftcli.data.formats import BadRow, Example, checked_text, missing, text_field
 from peftcli.data.labels import Labels
 from peftcli.data.readers import type_name
 from peftcli.data.rows import Row
@@ -49,7 +49,7 @@ def labelled_text(row: Row, labels: Labels, *, paired: bool) -> LabelledText:
         BadRow: A field is missing, empty, or of another type.
     """
     if "label" not in row:
-        raise BadRow("label is missing")
+        raise missing(row, "label")
     pair = text_field(row, "text_pair") if paired else None
     return LabelledText(text_field(row, "text"), pair, labels.target(row["label"]))
 
@@ -61,8 +61,10 @@ def tagged_words(row: Row, labels: Labels) -> TaggedWords:
         BadRow: A field is missing, there is not a tag for each word, or a word or tag is not one.
     """
     for name in ("tokens", "tags"):
-        if not isinstance(row.get(name), list):
-            raise BadRow(f"{name} is {type_name(row[name])}, not a list" if name in row else f"{name} is missing")
+        if name not in row:
+            raise missing(row, name)
+        if not isinstance(row[name], list):
+            raise BadRow(f"{name} is {type_name(row[name])}, not a list")
     words, tags = row["tokens"], row["tags"]
     if not words:
         raise BadRow("tokens is empty", "take the row out")

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from peftcli.data.dataset import Target
-from peftcli.data.formats import BadRow, renamed
+from peftcli.data.formats import BadRow, missing, renamed
 from peftcli.data.readers import MAX_PROBLEMS, type_name
 from peftcli.data.rows import Row, Rows
 from peftcli.errors import DataError, Problem, RecipeError, did_you_mean
@@ -176,7 +176,7 @@ def find_labels(rows: Rows, form: str, columns: Mapping[str, str], problem_type:
 def _found(row: Row, field: str, form: str, kind: Kind) -> list[Any]:
     """Returns all label values of one row, checked."""
     if field not in row:
-        raise BadRow(f"{field} is missing")
+        raise missing(row, field)
     value = row[field]
     if form == "token-classification" or kind == "multi-label":
         found = _checked_list(value, field)
