@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from peftcli.errors import ModelError, Problem, RecipeError
-from peftcli.methods._protocol import Method, MethodConfig, Part, Shared, Site
+from peftcli.methods._place import Site
+from peftcli.methods._protocol import Method, MethodConfig, Part, Shared
 from peftcli.ops.sharing import SharedInput
 from peftcli.quantization import is_quantised
 from peftcli.sites import as_base, original_class

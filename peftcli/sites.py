@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcli.methods._protocol import Attention, Base, Kind, Site
+from peftcli.methods._place import Attention, Base, Kind, Site
 from peftcli.quantization import is_int8, is_quantised, unpacked
 
 

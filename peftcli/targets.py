@@ -12,7 +12,8 @@ from torch import nn
 
 from peftcli import architectures
 from peftcli.errors import PeftcliError, Problem, RecipeError, did_you_mean
-from peftcli.methods._protocol import Kind, Method, MethodConfig, Part, Site, Targets
+from peftcli.methods._place import Kind, Site
+from peftcli.methods._protocol import Method, MethodConfig, Part, Targets
 from peftcli.sites import embedding_site, kind_of, make_site, model_site
 
 

@@ -9,7 +9,8 @@ from peft import PeftType
 
 from peftcli import methods
 from peftcli.data.meaning import GOALS
-from peftcli.methods._protocol import Kind, Method
+from peftcli.methods._place import Kind
+from peftcli.methods._protocol import Method
 from peftcli.recipe.shipped import SCHEMA_FILE, build_schema
 
 

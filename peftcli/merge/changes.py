@@ -13,7 +13,8 @@ from peftcli.checkpoint.adapter import BASE_PREFIX, SHARED_PREFIX, Adapter, is_f
 from peftcli.errors import ModelError
 from peftcli.merge.sources import Sources
 from peftcli.merge.stored import is_tied
-from peftcli.methods._protocol import Method, Site
+from peftcli.methods._place import Site
+from peftcli.methods._protocol import Method
 from peftcli.targets import output_head
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from peftcli.errors import ModelError
-from peftcli.methods._protocol import Method, Site
+from peftcli.methods._place import Site
+from peftcli.methods._protocol import Method
 from peftcli.sites import as_base
 
 LAYER_TOLERANCE = 2e-5

@@ -14,7 +14,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from peftcli.methods._protocol import Base, MethodConfig, Site
+from peftcli.methods._place import Base, Site
+from peftcli.methods._protocol import MethodConfig
 from peftcli.ops import decomposition
 from peftcli.ops.decomposition import Rescaling
 from peftcli.ops.dropout import dropout

@@ -10,7 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from peftcli.errors import DataError, RecipeError
-from peftcli.methods._protocol import Shared, Site, Targets
+from peftcli.methods._place import Site
+from peftcli.methods._protocol import Shared, Targets
 from peftcli.methods.lora import kaiming
 
 

@@ -29,7 +29,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from peftcli.errors import RecipeError
-from peftcli.methods._protocol import Base, Method, Shared, Site, Targets
+from peftcli.methods._place import Base, Site
+from peftcli.methods._protocol import Method, Shared, Targets
 from peftcli.ops import allocation
 from peftcli.ops.dropout import dropout
 from peftcli.ops.low_rank import forward_low_rank, merged_low_rank

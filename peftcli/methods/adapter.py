@@ -32,7 +32,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from peftcli.methods._protocol import Base, Method, Shared, Site, Targets, ends_in, is_norm, layer_of
+from peftcli.methods._place import Base, Site, ends_in, is_norm, layer_of
+from peftcli.methods._protocol import Method, Shared, Targets
 from peftcli.methods.lora import kaiming
 from peftcli.ops.bottleneck import ACTIVATIONS, bottleneck
 from peftcli.ops.dropout import dropout

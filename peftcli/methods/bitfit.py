@@ -21,7 +21,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from torch import nn
 
-from peftcli.methods._protocol import Method, MethodConfig, ends_in
+from peftcli.methods._place import ends_in
+from peftcli.methods._protocol import Method, MethodConfig
 
 
 class BitFitConfig(MethodConfig):

@@ -30,7 +30,8 @@ from torch import Tensor
 
 from peftcli.methods import lora
 from peftcli.methods._decomposed import DecomposedConfig, Decomposition, answer
-from peftcli.methods._protocol import Base, Method, Shared, Site
+from peftcli.methods._place import Base, Site
+from peftcli.methods._protocol import Method, Shared
 
 
 class DoRAConfig(DecomposedConfig, lora.LoRAConfig):

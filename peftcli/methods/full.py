@@ -18,7 +18,8 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import nn
 
-from peftcli.methods._protocol import Method, MethodConfig, layer_of
+from peftcli.methods._place import layer_of
+from peftcli.methods._protocol import Method, MethodConfig
 
 
 class FullConfig(MethodConfig):

@@ -29,7 +29,8 @@ from torch.nn import functional as F
 
 from peftcli.errors import RecipeError
 from peftcli.methods import _heads
-from peftcli.methods._protocol import Base, Facts, Method, Shared, Site
+from peftcli.methods._place import Base, Site
+from peftcli.methods._protocol import Facts, Method, Shared
 from peftcli.methods.lora import rank_problems
 from peftcli.ops.clustering import num_clusters
 from peftcli.ops.dropout import dropout

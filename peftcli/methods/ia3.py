@@ -26,7 +26,8 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from peftcli.methods._protocol import Base, Method, Shared, Site, Targets
+from peftcli.methods._place import Base, Site
+from peftcli.methods._protocol import Method, Shared, Targets
 
 ATTENTION = {"query", "key", "value"}
 FEED_FORWARD = "feed_forward_output"

@@ -22,7 +22,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from peftcli.methods._protocol import Method, MethodConfig, is_norm
+from peftcli.methods._place import is_norm
+from peftcli.methods._protocol import Method, MethodConfig
 
 NORMS = r"(?:\w*[nN]orm\w*|ln_\w+)"
 """What the paths of norms end with, in all the families that transformers has."""

@@ -30,7 +30,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcli.methods._protocol import Base, Method, Shared, Site, Targets
+from peftcli.methods._place import Base, Site
+from peftcli.methods._protocol import Method, Shared, Targets
 from peftcli.ops.decomposition import Rescaling
 from peftcli.ops.dropout import dropout
 from peftcli.ops.low_rank import as_input, forward_low_rank, merged_low_rank, projected_gradient

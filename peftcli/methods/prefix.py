@@ -35,7 +35,8 @@ from torch.nn import functional as F
 
 from peftcli.errors import ModelError
 from peftcli.methods import _virtual_tokens as virtual_tokens
-from peftcli.methods._protocol import Attention, Base, Facts, Method, Shared, Site
+from peftcli.methods._place import Attention, Base, Site
+from peftcli.methods._protocol import Facts, Method, Shared
 
 KEY = "prompt_embeddings"
 NETWORK = ("E", "W1", "b1", "W2", "b2")

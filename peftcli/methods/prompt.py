@@ -29,7 +29,8 @@ from torch.nn import functional as F
 
 from peftcli.errors import RecipeError
 from peftcli.methods import _virtual_tokens as virtual_tokens
-from peftcli.methods._protocol import Base, Facts, Method, Shared, Site
+from peftcli.methods._place import Base, Site
+from peftcli.methods._protocol import Facts, Method, Shared
 
 KEY = "prompt_embeddings"
 

@@ -33,7 +33,8 @@ from torch.nn import functional as F
 
 from peftcli.errors import RecipeError
 from peftcli.methods import _heads, lora
-from peftcli.methods._protocol import Base, Facts, Method, Shared, Site
+from peftcli.methods._place import Base, Site
+from peftcli.methods._protocol import Facts, Method, Shared
 from peftcli.ops.dropout import dropout
 from peftcli.ops.heads import add_heads, gates
 from peftcli.ops.low_rank import add_low_rank, merged_low_rank

@@ -26,7 +26,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from peftcli.methods._protocol import Base, Kind, Method, Shared, Site, Targets, generator
+from peftcli.methods._place import Base, Kind, Site, generator
+from peftcli.methods._protocol import Method, Shared, Targets
 from peftcli.methods.lora import rank_problems
 from peftcli.ops.dropout import dropout
 from peftcli.ops.low_rank import forward_low_rank, merged_low_rank

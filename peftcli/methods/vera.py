@@ -26,7 +26,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from peftcli.methods._protocol import Base, Kind, Method, Shared, Site, Targets
+from peftcli.methods._place import Base, Kind, Site
+from peftcli.methods._protocol import Method, Shared, Targets
 from peftcli.ops.decomposition import Rescaling
 from peftcli.ops.dropout import dropout
 from peftcli.ops.low_rank import merged_low_rank, thin

@@ -28,7 +28,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from peftcli.errors import ModelError
-from peftcli.methods._protocol import Base, Method, Shared, Site, Targets
+from peftcli.methods._place import Base, Site
+from peftcli.methods._protocol import Method, Shared, Targets
 from peftcli.ops import wavelet
 from peftcli.ops.sparse import Places, dense, places, sparse_product
 

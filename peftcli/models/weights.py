@@ -103,7 +103,7 @@ def _start(model: PreTrainedModel, fresh: list[str], seed: int) -> None:
     """Gives fresh parameters their start: biases 0, norms 1, weights normal with the model's own deviation."""
     import torch
 
-    from peftcli.methods._protocol import generator
+    from peftcli.methods._place import generator
 
     deviation = getattr(model.config.get_text_config(), "initializer_range", None) or 0.02
     for name in fresh:

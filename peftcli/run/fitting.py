@@ -15,7 +15,8 @@ from peftcli.run.packing import check_quantization
 
 if TYPE_CHECKING:
     from peftcli.data import Dataset, PreparedData
-    from peftcli.methods._protocol import Method, MethodConfig, Site
+    from peftcli.methods._place import Site
+    from peftcli.methods._protocol import Method, MethodConfig
     from peftcli.run.opening import Base
 
 SPREADABLE = ("adamw", "sgd")

@@ -21,7 +21,7 @@ from peftcli.training import memory
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from peftcli.methods._protocol import Site
+    from peftcli.methods._place import Site
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from peftcli import inject, methods
 from peftcli.checkpoint.adapter import attach, read_adapter, save_adapter
-from peftcli.methods._protocol import Base
+from peftcli.methods._place import Base
 from peftcli.methods.adapter import Adapter, AdapterConfig
 from peftcli.ops.bottleneck import ACTIVATIONS, bottleneck_reference
 from peftcli.ops.dropout import dropout

@@ -11,7 +11,7 @@ from torch import nn
 
 from peftcli import inject, methods, quantization, sites
 from peftcli.checkpoint.adapter import attach, read_adapter, save_adapter
-from peftcli.methods._protocol import Site
+from peftcli.methods._place import Site
 from tests.methods.building import (
     IN,
     KINDS,

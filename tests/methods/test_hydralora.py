@@ -10,7 +10,7 @@ from peftcli import inject, methods
 from peftcli.checkpoint.adapter import attach, read_adapter, save_adapter
 from peftcli.errors import RecipeError
 from peftcli.methods import hydralora
-from peftcli.methods._protocol import Site
+from peftcli.methods._place import Site
 from peftcli.methods.hydralora import HydraLoRA, HydraLoRAConfig
 from peftcli.ops.dropout import dropout
 from peftcli.ops.heads import gates

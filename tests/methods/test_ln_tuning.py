@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from peftcli.checkpoint.adapter import attach, read_adapter, save_adapter
 from peftcli.errors import RecipeError
-from peftcli.methods._protocol import is_norm
+from peftcli.methods._place import is_norm
 from tests.families import tiny_model
 from tests.methods.building import adapt, assert_close, logits, origin_of, randomise, token_ids, trainable
 from tests.tolerances import EXACT

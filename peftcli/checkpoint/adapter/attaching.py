@@ -20,7 +20,7 @@ from peftcli.checkpoint.adapter.format import (
     is_finite,
 )
 from peftcli.errors import ModelError, PeftcliError, Problem
-from peftcli.methods._protocol import Site
+from peftcli.methods._place import Site
 from peftcli.targets import is_under
 
 PEFT_HEADS = {"classifier", "score"}
