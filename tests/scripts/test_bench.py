@@ -100,7 +100,7 @@ STARTS_PROCESSES = ["end_to_end", "merging", "startup"]
 """The parts that run whole commands, on the model that they are told."""
 IN_PROCESS = [part for part in PARTS if part not in STARTS_PROCESSES]
 """The parts that run on small models of their own."""
-SIGNED = ("growth",)
+SIGNED = ("growth", "peftcli, µs", "PEFT, µs")
 """Columns whose figures may be below 0 where so little is measured."""
 
 
