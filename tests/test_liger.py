@@ -1,6 +1,5 @@
 """A model with Liger's kernels. They need a GPU: here a stand-in does with torch what they do, writing included."""
 
-import copy
 from types import MethodType
 
 import pytest
@@ -121,11 +120,16 @@ def test_an_adapter_of_a_module_with_kernels_is_refused_and_not_left_out(kernels
         inject.graft(model, own, own.Config(target_modules=["mlp"]), seed=0)
 
 
-def test_a_copy_of_the_model_stays_as_it_is(kernels):
-    model = llama()
-    other = copy.deepcopy(model)
-    liger.put_in(model)
-    assert not any("forward" in vars(module) for module in other.modules())
+def test_kernels_that_cannot_be_imported_are_no_bug_of_ours(kernels, monkeypatch):
+    def too_old(model, wanted):
+        raise ImportError("liger-kernel >= 0.3.0 is not available")
+
+    monkeypatch.setattr("transformers.integrations.liger.apply_liger_kernel", too_old)
+    with pytest.raises(
+        HostError, match=r"Liger 0.8.5 cannot be used: liger-kernel >= 0.3.0 is not available"
+    ) as caught:
+        liger.put_in(llama())
+    assert "set training.use_liger_kernel to false" in caught.value.problems[0].hint
 
 
 def test_a_run_with_kernels_learns_the_same(kernels, monkeypatch, recipe_file, train):

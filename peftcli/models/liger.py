@@ -45,11 +45,16 @@ def put_in(model: PreTrainedModel) -> str:
     To be called before the model is grafted: an adapter must go around what is put in, not be replaced by it.
 
     Raises:
+        HostError: Liger, or the Triton that it needs, is too old or does not work here.
         ModelError: Liger has none for such a model, of which it would not say a word.
     """
     from transformers.integrations.liger import apply_liger_kernel
 
-    apply_liger_kernel(model, OURS)
+    try:
+        apply_liger_kernel(model, OURS)
+    except ImportError as error:
+        message = f"training.use_liger_kernel: Liger {version(PACKAGE)} cannot be used: {error}"
+        raise HostError(message, hint=f"pip install --upgrade {PACKAGE}, or {_OFF}") from error
     count = sum("forward" in vars(module) for module in model.modules())
     if not count:
         raise ModelError(
